@@ -1,0 +1,56 @@
+# Everything runs in .venv, which the first target that needs it makes. Only Python 3.11 and make have to be there.
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
+# triton is left out: it has nothing to run on without a GPU.
+EXTRAS := timm,diffusers,transformers,cli,bench,dev
+# Two workers with one thread each (conftest.py) fill two cores better than one process with two threads.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope
+
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test evidence lint format clean
+
+help:  ## show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: .venv/ready  ## make .venv with everything that is needed (reused while nothing changed)
+	@echo ".venv is ready"
+
+demo: .venv/ready  ## train a small model, quantize it, print one table
+	@$(BIN)/python examples/demo.py
+
+test: .venv/ready  ## run the tests and the docstring examples, and show the coverage
+	@$(PYTEST) -m "not evidence" --cov --cov-report=term
+
+evidence: .venv/ready  ## run the slow proofs: tables against reference implementations
+	@$(PYTEST) -m evidence --timeout=3000
+
+lint: .venv/ready  ## check format, lint, types and the floors of the rooms
+	@$(BIN)/ruff format --check --output-format=concise .
+	@$(BIN)/ruff check --output-format=concise .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+format: .venv/ready  ## format the code and apply the safe fixes
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:  ## remove .venv and everything the tools left behind
+	@rm -rf .venv .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and by its exact version, for which a small CPU wheel is found: any range would end at the newest build with
+# gigabytes of CUDA. torchvision goes alone, because its operators cannot load beside that wheel; tools/torchvision_cpu.py
+# says how it is made to import all the same.
+.venv/ready: pyproject.toml constraints.txt $(wildcard tools/*.p*)
+	@test -x $(BIN)/python || { echo "Making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "Installing torch"
+	@$(PIP) $$(grep -E '^torch==' constraints.txt)
+	@$(PIP) --no-deps $$(grep -E '^torchvision==' constraints.txt)
+	@echo "Installing lightning-quant and the tested versions of what it needs (a minute or two)"
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	@cp $(filter tools/%,$^) "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@

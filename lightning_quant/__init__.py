@@ -1,0 +1,13 @@
+"""Quantization for anyone who has a LightningModule and a Trainer: add one callback.
+
+>>> from lightning_quant import RepQViT
+>>> callback = RepQViT(weights="int4", activations="int4")
+"""
+
+from lightning_quant.callbacks import PostTrainingQuantization, RepQViT
+from lightning_quant.checkpoint import load_quantized, save_quantized
+from lightning_quant.modules import CalibrationMixin
+from lightning_quant.quantizers import Scheme
+
+__version__ = "0.1.0"
+__all__ = ["CalibrationMixin", "PostTrainingQuantization", "RepQViT", "Scheme", "load_quantized", "save_quantized"]

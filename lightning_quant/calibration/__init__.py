@@ -1,0 +1,25 @@
+"""Where calibration batches come from and how they are fed forward without disturbing the run."""
+
+from __future__ import annotations
+
+from lightning_quant.calibration.batches import CalibrationBatches
+from lightning_quant.calibration.feed import check_feedable, feed, feeder_name
+from lightning_quant.calibration.observing import fitted_in_stream, observed, reached
+from lightning_quant.calibration.ranks import from_other_ranks, merge_across_ranks
+from lightning_quant.calibration.samples import first_samples, sample_count
+from lightning_quant.calibration.undisturbed import undisturbed
+
+__all__ = [
+    "CalibrationBatches",
+    "check_feedable",
+    "feed",
+    "feeder_name",
+    "first_samples",
+    "fitted_in_stream",
+    "from_other_ranks",
+    "merge_across_ranks",
+    "observed",
+    "reached",
+    "sample_count",
+    "undisturbed",
+]

@@ -1,0 +1,139 @@
+"""From the words that users write, ``weights="int4"``, to a plan with one exact format for every tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lightning_quant.graph import ModelGraph, Selection, matching
+from lightning_quant.layers import AttentionPlan, LayerPlan, Plan
+from lightning_quant.quantizers import Scheme, build_quantizer
+
+Defaults = dict[str, Any]
+
+
+def weight_scheme(text: str, defaults: Defaults, argument: str = "weights") -> Scheme:
+    """A weight format, with what it leaves open filled in.
+
+    Raises:
+        ValueError: if the text is no format, or none that weights can have.
+
+    >>> str(weight_scheme("int4", {"symmetric": True, "granularity": "channel"}))
+    'int4_sym_channel'
+    """
+    scheme = Scheme.parse(text).resolve(**defaults)
+    if scheme.kind == "log" or scheme.dynamic or scheme.granularity == "token":
+        raise ValueError(
+            f"{argument}={text!r}: weights have a static uniform or float format, like 'int4' or 'fp8_e4m3'"
+        )
+    build_quantizer(scheme, axis=0)  # refuses what it cannot hold
+    return scheme
+
+
+def activation_scheme(text: str, defaults: Defaults, argument: str = "activations") -> Scheme:
+    """An activation format, with what it leaves open filled in.
+
+    Raises:
+        ValueError: if the text is no format, or none that a layer's input can have.
+
+    >>> str(activation_scheme("int8", {"symmetric": False, "granularity": "tensor"}))
+    'int8_asym_tensor'
+    """
+    scheme = Scheme.parse(text).resolve(**defaults)
+    if scheme.kind == "log":
+        raise ValueError(
+            f"{argument}={text!r}: a logarithmic format holds no negative numbers; take another, like 'int8'"
+        )
+    build_quantizer(scheme, axis=-1)
+    return scheme
+
+
+@dataclass
+class Formats:
+    """The formats that a method gives to the tensors of a model.
+
+    Args:
+        weights: format of weights, ``None`` for float.
+        activations: format of layer inputs and attention operands, ``None`` for float.
+        probabilities: format of attention probabilities; ``None``: as the activations.
+        first_last: format of the first and last layer that run.
+        embeddings: format of embedding tables, ``None`` for float.
+        overrides: format by name pattern.
+        weight_defaults: what a weight format that leaves it open means.
+        activation_defaults: the same for activations.
+    """
+
+    weights: str | None
+    activations: str | None
+    probabilities: str | None = None
+    first_last: str | None = None
+    embeddings: str | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+    weight_defaults: Defaults = field(default_factory=lambda: {"symmetric": True, "granularity": "channel"})
+    activation_defaults: Defaults = field(default_factory=lambda: {"symmetric": False, "granularity": "tensor"})
+
+    def __post_init__(self) -> None:
+        if self.weights is None and self.activations is None:
+            raise ValueError("weights and activations are both None: nothing would be quantized")
+        self.layer_plan(self.weights, self.activations)
+        for argument, text in {"first_last": self.first_last, "embeddings": self.embeddings, **self.overrides}.items():
+            if text is not None:
+                self.same_for_both(
+                    text, argument if argument in ("first_last", "embeddings") else f"overrides[{argument!r}]"
+                )
+
+    def layer_plan(self, weights: str | None, activations: str | None) -> LayerPlan:
+        """The exact formats of one layer."""
+        return LayerPlan(
+            None if weights is None else str(weight_scheme(weights, self.weight_defaults)),
+            None if activations is None else str(activation_scheme(activations, self.activation_defaults)),
+        )
+
+    def same_for_both(self, text: str, argument: str) -> LayerPlan:
+        """One format for weights and inputs, where those are quantized at all."""
+        return LayerPlan(
+            None if self.weights is None else str(weight_scheme(text, self.weight_defaults, argument)),
+            None if self.activations is None else str(activation_scheme(text, self.activation_defaults, argument)),
+        )
+
+    def plan(
+        self, model: nn.Module, graph: ModelGraph, selection: Selection, method: str, arguments: dict[str, Any]
+    ) -> Plan:
+        """Give every selected layer and attention site its formats."""
+        modules = dict(model.named_modules())
+        plan = Plan(method, arguments, skipped=dict(selection.skipped))
+        for name in selection.layers:
+            plan.layers[name] = self.layer_plan(self.weights, self.activations)
+            if isinstance(modules[name], nn.Embedding):
+                self._plan_embedding(plan, name)
+        running = [name for name in graph.order if name in plan.layers and not isinstance(modules[name], nn.Embedding)]
+        if self.first_last is not None and running:
+            for name in {running[0], running[-1]}:
+                plan.layers[name] = self.same_for_both(self.first_last, "first_last")
+        if self.activations is not None:
+            operand = str(activation_scheme(self.activations, self.activation_defaults))
+            for name in selection.attention:
+                calls = graph.attention.get(name, 1)
+                plan.attention[name] = AttentionPlan(operand, operand, operand, self.probabilities or operand, calls)
+        for pattern, text in self.overrides.items():
+            for name in matching([*plan.layers, *plan.attention], pattern, "overrides"):
+                self._override(plan, name, text)
+        return plan
+
+    def _plan_embedding(self, plan: Plan, name: str) -> None:
+        if self.embeddings is None or self.weights is None:
+            del plan.layers[name]
+            plan.skipped[name] = "embeddings stay float; set embeddings="
+        else:
+            plan.layers[name] = LayerPlan(str(weight_scheme(self.embeddings, self.weight_defaults, "embeddings")), None)
+
+    def _override(self, plan: Plan, name: str, text: str) -> None:
+        if name in plan.layers:
+            plan.layers[name] = self.same_for_both(text, "overrides")
+        if name in plan.attention:
+            site = plan.attention[name]
+            operand = str(activation_scheme(text, self.activation_defaults))
+            probabilities = site.probabilities if self.probabilities else operand
+            plan.attention[name] = AttentionPlan(operand, operand, operand, probabilities, site.calls)

@@ -1,0 +1,78 @@
+"""Plain post-training quantization: any uniform or float format, any range search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_quant.calibration import observed, reached
+from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.formats import Formats
+from lightning_quant.graph import ModelGraph
+from lightning_quant.layers import Plan
+from lightning_quant.quantizers import RangeRule
+
+
+class PostTrainingQuantization(QuantizationCallback):
+    r"""Rounds weights and activations to a grid whose range is searched on a few calibration samples.
+
+    .. math:: \hat x = s \, (\text{clamp}(\lfloor x / s \rceil + z, \, q_{min}, \, q_{max}) - z)
+
+    where :math:`s` and :math:`z` come from the range that ``ranges`` finds: the extremes, a percentile, or the range
+    of least error. Weights are symmetric per output channel, activations asymmetric per tensor, unless the format's
+    suffixes say otherwise. Activations are observed on the float model, batch after batch, with memory that does not
+    grow.
+
+    Args:
+        weights: format of the weights, ``None`` for float.
+        activations: format of the layers' inputs and of the attention operands, ``None`` for weight-only quantization.
+        ranges: how ranges are found: ``"minmax"``, ``"percentile"``, ``"mse"``, ``"lp"``, ``"percentile_mse"``,
+            ``"running"``, ``"kl"``.
+        attention: whether q, k, v and the attention probabilities are quantized.
+        first_last: format of the first and the last layer, ``None`` for no exemption.
+        embeddings: format of embedding tables, ``None`` leaves them float.
+        overrides: format of single layers by name pattern, ``{"blocks.0.*": "int8"}``, for weights and inputs.
+        common: ``target``, ``skip``, ``calibration_samples``, ``calibration_loader``, ``during_fit``: see
+            :class:`~lightning_quant.callbacks.base.QuantizationCallback`.
+
+    Raises:
+        ValueError: for an unknown format, rule or pattern, NaN in the calibration data, or a layer that must not be
+        touched.
+
+    >>> callback = PostTrainingQuantization(weights="int8", activations="int8", first_last=None)
+    >>> trainer = L.Trainer(callbacks=[callback])  # doctest: +SKIP
+    >>> trainer.validate(model, datamodule=dm)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        weights: str | None = "int8",
+        activations: str | None = "int8",
+        ranges: str = "mse",
+        attention: bool = True,
+        first_last: str | None = None,
+        embeddings: str | None = None,
+        overrides: Mapping[str, str] | None = None,
+        **common: Any,
+    ) -> None:
+        formats = Formats(weights, activations, None, first_last, embeddings, dict(overrides or {}))
+        super().__init__(formats, attention, **common)
+        self.ranges = ranges
+        self.rule = RangeRule.parse(ranges)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What decides the result."""
+        return {**super().arguments, "ranges": self.ranges}
+
+    def calibrate_plan(
+        self, model: nn.Module, plan: Plan, graph: ModelGraph, batches: Iterable[Any], run: Callable[[Any], Any]
+    ) -> None:
+        """Observe the float stream, batch after batch, and freeze; then search the ranges of the weights."""
+        with observed(plan.activation_quantizers(model), self.rule), reached(plan.modules(model)) as names:
+            for batch in batches:
+                run(batch)
+        self.give_back_unreached(model, plan, names)
+        self.fit_weights(plan.quantized_layers(model), self.rule)

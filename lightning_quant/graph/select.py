@@ -1,0 +1,101 @@
+"""Which layers of a model a method works on, and why not on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_quant.graph.patterns import matches, matching
+from lightning_quant.graph.trace import ModelGraph
+from lightning_quant.layers import AttentionSite, QuantizedLayer, twin_of, why_not_swappable
+
+
+@dataclass
+class Selection:
+    """Names of the layers and attention sites to quantize, in call order, and why others stay float."""
+
+    layers: list[str] = field(default_factory=list)
+    attention: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def select(
+    model: nn.Module, graph: ModelGraph, target: str | None = None, skip: Sequence[str] = (), attention: bool = True
+) -> Selection:
+    """Choose what is quantized: layers of known type within ``target`` that are not skipped.
+
+    A layer that one traced batch did not reach is chosen too: another batch may reach it, and calibration gives back
+    those that none did.
+
+    Args:
+        model: the float model.
+        graph: what one forward told about it.
+        target: name of the submodule to stay within; default: the whole model.
+        skip: name patterns of what stays float; each must match something.
+        attention: whether to choose attention sites as well.
+
+    Raises:
+        ValueError: if ``target`` or a pattern names nothing, a layer is quantized already or cannot be swapped, or
+        nothing is left.
+    """
+    modules = dict(model.named_modules())
+    if target is not None and target not in modules:
+        matching([name for name in modules if name], target, "target")
+        raise ValueError(f"target: there is no submodule named {target!r}; give its full name")
+    inside = [name for name in modules if target is None or name == target or name.startswith(f"{target}.")]
+    quantized = [name for name in inside if isinstance(modules[name], (QuantizedLayer, AttentionSite))]
+    if quantized:
+        raise ValueError(
+            f"`{quantized[0]}` is quantized already: call remove(model) of the callback that did it, or set target="
+        )
+    ran = {name: position for position, name in enumerate(graph.order)}
+    inside.sort(key=lambda name: ran.get(name, len(ran)))
+    known = [name for name in inside if twin_of(modules[name]) is not None or _looks_like_one(modules[name])]
+    sites = [name for name in inside if name in graph.attention or isinstance(modules[name], nn.MultiheadAttention)]
+    for pattern in skip:
+        matching({*known, *sites}, pattern, "skip")
+
+    chosen = Selection()
+    for name in known:
+        why = _why_float(modules[name], name, skip, name in ran)
+        if why is None:
+            chosen.layers.append(name)
+        else:
+            chosen.skipped[name] = why
+    if attention:
+        chosen.attention = [
+            name for name in sites if name in ran and not any(matches(name, pattern) for pattern in skip)
+        ]
+    if not chosen.layers:
+        found = "; ".join(f"{name}: {why}" for name, why in list(chosen.skipped.items())[:3])
+        raise ValueError(
+            f"nothing to quantize in {type(model).__name__}"
+            + (f" ({found})" if found else "")
+            + ": check target= and skip="
+        )
+    return chosen
+
+
+def _looks_like_one(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)) and not isinstance(
+        module, QuantizedLayer
+    )
+
+
+def _why_float(layer: nn.Module, name: str, skip: Sequence[str], ran: bool) -> str | None:
+    """Why a layer stays float, or ``None``; refuses a layer that would be quantized but must not be touched."""
+    for pattern in skip:
+        if matches(name, pattern):
+            return f"skip={pattern!r}"
+    refusal = why_not_swappable(layer)
+    if refusal and not ran:
+        return f"it did not run, and {refusal}"
+    if refusal:
+        raise ValueError(
+            f"`{name}` cannot be quantized: {refusal}; undo that, or leave the layer float with skip=[{name!r}]"
+        )
+    if twin_of(layer) is None:
+        return f"its class {type(layer).__name__} has a forward that is not known here"
+    return None

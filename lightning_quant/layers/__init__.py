@@ -1,0 +1,40 @@
+"""The quantized modules that a network is made of."""
+
+from lightning_quant.layers.attention import AttentionSchemes, AttentionSite, QuantAttention
+from lightning_quant.layers.base import QuantizedLayer, weight_rows
+from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
+from lightning_quant.layers.linear import QuantEmbedding, QuantLinear
+from lightning_quant.layers.multihead import QuantMultiheadAttention
+from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
+from lightning_quant.layers.swap import (
+    create_bias,
+    drop_bias,
+    quantize_attention,
+    quantize_layer,
+    restore,
+    twin_of,
+    why_not_swappable,
+)
+
+__all__ = [
+    "AttentionPlan",
+    "AttentionSchemes",
+    "AttentionSite",
+    "LayerPlan",
+    "Plan",
+    "QuantAttention",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantEmbedding",
+    "QuantLinear",
+    "QuantMultiheadAttention",
+    "QuantizedLayer",
+    "create_bias",
+    "drop_bias",
+    "quantize_attention",
+    "quantize_layer",
+    "restore",
+    "twin_of",
+    "weight_rows",
+    "why_not_swappable",
+]

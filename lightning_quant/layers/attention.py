@@ -1,0 +1,163 @@
+"""Attention with quantized operands, reached through the functional call.
+
+Models call :func:`torch.nn.functional.scaled_dot_product_attention` deep inside some module. The class of that module
+is replaced by a subclass whose ``forward`` enters a torch function mode and then runs the original ``forward``: the
+call is routed to our :class:`QuantAttention`, and no model needs code of its own here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_quant.layers.base import through
+from lightning_quant.quantizers import Quantizer, Scheme, build_quantizer
+
+
+@dataclass(frozen=True)
+class AttentionSchemes:
+    """The formats of the four operands of attention; ``None`` leaves an operand float."""
+
+    query: Scheme | None
+    key: Scheme | None
+    value: Scheme | None
+    probabilities: Scheme | None
+
+
+class QuantAttention(nn.Module):
+    r"""Scaled dot product attention with quantized operands.
+
+    .. math:: \text{out} = Q_p(\text{softmax}(s \cdot Q_q(q) Q_k(k)^\top + m)) \, Q_v(v)
+
+    where :math:`s` is the softmax scale, applied after the quantized product, and :math:`m` the mask.
+
+    Args:
+        schemes: the formats of query, key, value and probabilities.
+    """
+
+    OPERANDS = ("query", "key", "value", "probabilities")
+
+    query_quantizer: Quantizer | None
+    key_quantizer: Quantizer | None
+    value_quantizer: Quantizer | None
+    probabilities_quantizer: Quantizer | None
+
+    def __init__(self, schemes: AttentionSchemes) -> None:
+        super().__init__()
+        for name in self.OPERANDS:
+            scheme = getattr(schemes, name)
+            self.register_module(f"{name}_quantizer", None if scheme is None else build_quantizer(scheme, axis=-1))
+
+    def activation_quantizers(self) -> dict[str, Quantizer]:
+        """The quantizers of the four operands, by their own name."""
+        found = {f"{name}_quantizer": getattr(self, f"{name}_quantizer") for name in self.OPERANDS}
+        return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Same arguments and result as ``F.scaled_dot_product_attention``.
+
+        query (..., L, E), key (..., S, E), value (..., S, Ev) -> (..., L, Ev)
+        """
+        probabilities = self.probabilities(query, key, attn_mask, is_causal, scale, enable_gqa)
+        value = through(self.value_quantizer, value)
+        if enable_gqa:
+            value = value.repeat_interleave(query.size(-3) // value.size(-3), dim=-3)
+        return F.dropout(probabilities, dropout_p).to(value.dtype) @ value
+
+    def probabilities(
+        self,
+        query: Tensor,
+        key: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """The quantized attention map: (..., L, S)."""
+        query, key = through(self.query_quantizer, query), through(self.key_quantizer, key)
+        if enable_gqa:
+            key = key.repeat_interleave(query.size(-3) // key.size(-3), dim=-3)
+        scores = query @ key.transpose(-2, -1) * (query.size(-1) ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is None:
+            return through(self.probabilities_quantizer, scores.softmax(-1))
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+        else:
+            scores = scores + attn_mask
+        nothing_to_see = scores.isneginf().all(-1, keepdim=True)  # torch's kernels answer 0 for such a row, softmax NaN
+        return through(self.probabilities_quantizer, scores.softmax(-1).masked_fill(nothing_to_see, 0.0))
+
+
+class Route(TorchFunctionMode):
+    """Sends calls of one torch function to another; the n-th call within one forward is told its n."""
+
+    def __init__(self, function: Callable[..., Any], target: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function, self.target, self.calls = function, target, 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not self.function:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self.target(self.calls - 1, *args, **(kwargs or {}))
+
+
+class AttentionSite(nn.Module):
+    """A module whose ``forward`` calls attention; mixed in before the module's own class.
+
+    ``attention_quantizers[n]`` serves the n-th call within one forward (the last one serves any further call).
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+    attention_quantizers: nn.ModuleList
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward with its attention calls routed to ours."""
+        with Route(F.scaled_dot_product_attention, self._attend):
+            return super().forward(*args, **kwargs)
+
+    def _attend(self, call: int, *args: Any, **kwargs: Any) -> Tensor:
+        attention = self.attention_quantizers[min(call, len(self.attention_quantizers) - 1)]
+        out: Tensor = attention(*args, **kwargs)
+        return out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the float class: the subclass is made on the fly and has no import path."""
+        reduced = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        return (_new_site, (self.float_class,), *reduced[2:])
+
+
+def site_class(float_class: type[nn.Module]) -> type[AttentionSite]:
+    """The subclass of a module's class that routes its attention calls; the same one each time."""
+    return _site_class(cast(Hashable, float_class))
+
+
+@functools.cache
+def _site_class(float_class: type[nn.Module]) -> type[AttentionSite]:
+    return type(f"Quant{float_class.__name__}", (AttentionSite, float_class), {"float_class": float_class})
+
+
+def _new_site(float_class: type[nn.Module]) -> nn.Module:
+    cls = site_class(float_class)
+    return cls.__new__(cls)

@@ -1,0 +1,28 @@
+"""The quantized twin of transformers' ``Conv1D`` (GPT-2); imported only where a model holds one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from lightning_quant.layers.base import QuantizedLayer, through
+
+
+class QuantConv1D(QuantizedLayer, Conv1D):
+    """transformers' ``Conv1D``: a linear layer whose weight is stored as (in, out)."""
+
+    float_class = Conv1D
+
+    def weight_rows(self, name: str = "weight") -> Tensor:
+        """The float weight with output channels first: (out, in)."""
+        return super().weight_rows(name).t()
+
+    def quantized(self, name: str = "weight") -> Tensor:
+        """The weight as the quantized layer computes with it: (in, out)."""
+        return through(self.weight_quantizer, self.weight_rows(name)).t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer on quantized operands."""
+        x = through(self.input_quantizer, x)
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.quantized()).view(*x.shape[:-1], self.nf)

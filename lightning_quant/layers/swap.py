@@ -1,0 +1,119 @@
+"""Turn a float layer into its quantized twin in place, and back."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_quant.layers.attention import AttentionSchemes, AttentionSite, QuantAttention, site_class
+from lightning_quant.layers.base import QuantizedLayer
+from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
+from lightning_quant.layers.linear import QuantEmbedding, QuantLinear, QuantOutProjection
+from lightning_quant.layers.multihead import QuantMultiheadAttention
+from lightning_quant.quantizers import Scheme
+
+TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantLinear,
+    NonDynamicallyQuantizableLinear: QuantOutProjection,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Embedding: QuantEmbedding,
+    nn.MultiheadAttention: QuantMultiheadAttention,
+}
+
+
+def twin_of(layer: nn.Module) -> type[QuantizedLayer] | None:
+    """The quantized class for a layer of exactly this type; ``None`` where there is none.
+
+    >>> twin_of(nn.Linear(2, 2)).__name__
+    'QuantLinear'
+    >>> twin_of(nn.LayerNorm(2)) is None
+    True
+    """
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    if pytorch_utils is not None and type(layer) is pytorch_utils.Conv1D:
+        from lightning_quant.layers.conv1d_transformers import QuantConv1D
+
+        return QuantConv1D
+    return TWINS.get(type(layer))
+
+
+def why_not_swappable(layer: nn.Module) -> str | None:
+    """Why a layer's class must not be changed although its type is known, or ``None`` if it may.
+
+    >>> why_not_swappable(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    'its weight is parametrized'
+    """
+    if is_parametrized(layer):
+        return "its weight is parametrized"
+    if "forward" in layer.__dict__:
+        return "it has a forward of its own on the instance"
+    if isinstance(layer, nn.MultiheadAttention) and type(layer.out_proj) is not NonDynamicallyQuantizableLinear:
+        return f"its output projection is a {type(layer.out_proj).__name__}"
+    return None
+
+
+def quantize_layer(layer: nn.Module, weights: Scheme | None, inputs: Scheme | None) -> QuantizedLayer:
+    """Turn a float layer into its (uncalibrated) quantized twin; the object and its Parameters stay the same.
+
+    >>> layer = nn.Linear(4, 2)
+    >>> weight = layer.weight
+    >>> twin = quantize_layer(layer, Scheme.parse("int8_sym_channel"), None)
+    >>> twin is layer, type(twin).__name__, twin.weight is weight
+    (True, 'QuantLinear', True)
+    """
+    twin = twin_of(layer)
+    if twin is None or (reason := why_not_swappable(layer)):
+        raise TypeError(f"no quantized twin for a {type(layer).__name__}" if twin is None else f"cannot swap: {reason}")
+    layer.__class__ = twin
+    assert isinstance(layer, QuantizedLayer)
+    layer.add_quantizers(weights, inputs)
+    return layer
+
+
+def quantize_attention(module: nn.Module, schemes: AttentionSchemes, calls: int = 1) -> None:
+    """Route the attention calls in a module's forward to quantized attention; ``calls`` of them happen in one forward.
+
+    With ``calls=0`` nothing is routed, but torch keeps off the fused fast paths that would pass quantized children by.
+    """
+    if isinstance(module, QuantMultiheadAttention):
+        module.add_attention(schemes)
+        return
+    weight = next(module.parameters(), None)
+    quantizers = nn.ModuleList(QuantAttention(schemes) for _ in range(calls))
+    module.__class__ = site_class(type(module))
+    module.add_module(
+        "attention_quantizers", quantizers.to(None if weight is None else weight.device).train(module.training)
+    )
+
+
+def restore(module: nn.Module) -> None:
+    """Give a swapped layer or attention site its float class back; its Parameters stay as they are."""
+    if isinstance(module, QuantizedLayer):
+        module.drop_quantizers()
+    elif isinstance(module, AttentionSite):
+        del module.attention_quantizers
+    if isinstance(module, (QuantizedLayer, AttentionSite)):
+        module.__class__ = module.float_class  # type: ignore[assignment]
+
+
+def create_bias(module: nn.Module, like: Tensor) -> None:
+    """Give a layer without bias one of zeros; a state dict that has none drops it again."""
+    module.register_parameter("bias", nn.Parameter(like.detach().clone().zero_()))
+    module.register_load_state_dict_pre_hook(_drop_bias)
+
+
+def drop_bias(module: nn.Module) -> None:
+    """Take a created bias away."""
+    module.register_parameter("bias", None)
+    hooks = module._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _drop_bias]:
+        del hooks[key]
+
+
+def _drop_bias(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    if f"{prefix}bias" not in state_dict:
+        drop_bias(module)

@@ -1,0 +1,5 @@
+"""LightningModules and mixins."""
+
+from lightning_quant.modules.mixin import CalibrationMixin
+
+__all__ = ["CalibrationMixin"]

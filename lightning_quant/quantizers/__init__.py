@@ -1,0 +1,47 @@
+"""Number formats: what a float becomes, and how the range it covers is found."""
+
+from __future__ import annotations
+
+from lightning_quant.quantizers.base import Quantizer, straight_through
+from lightning_quant.quantizers.build import build_quantizer
+from lightning_quant.quantizers.floating import FloatQuantizer, float_grid, float_max, float_quantize
+from lightning_quant.quantizers.histogram import Histogram
+from lightning_quant.quantizers.logarithmic import (
+    LogQuantizer,
+    log_dequantize,
+    log_dequantize_by_parity,
+    log_fake_quantize,
+    log_quantize,
+)
+from lightning_quant.quantizers.observers import Observer, refuse_nonfinite
+from lightning_quant.quantizers.ranges import Distribution, RangeRule, quantile, search
+from lightning_quant.quantizers.scheme import Scheme
+from lightning_quant.quantizers.uniform import UniformQuantizer, dequantize, fake_quantize, quantize, uniform_state
+
+__all__ = [
+    "Distribution",
+    "FloatQuantizer",
+    "Histogram",
+    "LogQuantizer",
+    "Observer",
+    "Quantizer",
+    "RangeRule",
+    "Scheme",
+    "UniformQuantizer",
+    "build_quantizer",
+    "dequantize",
+    "fake_quantize",
+    "float_grid",
+    "float_max",
+    "float_quantize",
+    "log_dequantize",
+    "log_dequantize_by_parity",
+    "log_fake_quantize",
+    "log_quantize",
+    "quantile",
+    "quantize",
+    "refuse_nonfinite",
+    "search",
+    "straight_through",
+    "uniform_state",
+]

@@ -1,0 +1,1 @@
+"""Tests of lightning_quant; the folders mirror the rooms of the package."""

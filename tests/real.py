@@ -1,0 +1,113 @@
+"""A real pretrained model on real images, seen by a LightningModule that knows nothing of quantization.
+
+Only standard Lightning here: what a user's own code looks like before a callback is added. A test that uses these
+asks for the `assets` fixture first, which skips it where the files are not there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tarfile
+from functools import cache
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+import torchmetrics
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ASSETS = Path(os.environ.get("LIGHTNING_QUANT_ASSETS", REPOSITORY.parent / "shared" / "assets")).resolve()
+
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
+
+
+@cache
+def imagenet(split: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 224, 224), normalised, and class indices (N,) of the split "calibration" or "evaluation"."""
+    folder = ASSETS / "imagenet600"
+    with (folder / "labels.csv").open(newline="") as table:
+        rows = [row for row in csv.DictReader(table) if row["split"] == split]
+    with tarfile.open(folder / "images.tar") as archive:
+        pixels = torch.stack([center_crop(archive.extractfile(row["file"]).read()) for row in rows])
+    images = (pixels.float() / 255 - IMAGENET_MEAN) / IMAGENET_STD  # (N, 224, 224, 3)
+    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor([int(row["class_index"]) for row in rows])
+
+
+def center_crop(jpeg: bytes, size: int = 224) -> Tensor:
+    """The middle of an image as bytes, (size, size, 3)."""
+    with Image.open(io.BytesIO(jpeg)) as image:
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        return torch.from_numpy(np.array(image.convert("RGB").crop((left, top, left + size, top + size))))
+
+
+class ImageNetData(L.LightningDataModule):
+    """Trains on 32 of the 100 calibration images and validates, tests and predicts on the 500 evaluation images.
+
+    Args:
+        draw: 0 takes the first 32 calibration images, any other number 32 at random with that number as seed.
+        batch_size: of the evaluation images; the calibration images come as one batch.
+    """
+
+    def __init__(self, draw: int = 0, batch_size: int = 50):
+        super().__init__()
+        self.batch_size = batch_size
+        order = torch.randperm(100, generator=torch.Generator().manual_seed(draw)) if draw else torch.arange(100)
+        self.chosen = order[:32]
+
+    def train_dataloader(self) -> DataLoader:
+        images, labels = imagenet("calibration")
+        return DataLoader(TensorDataset(images[self.chosen], labels[self.chosen]), batch_size=32)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(*imagenet("evaluation")), batch_size=self.batch_size)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+
+class Classifier(L.LightningModule):
+    """An image classifier that reports its top-1 accuracy."""
+
+    def __init__(self, net: nn.Module, classes: int = 1000):
+        super().__init__()
+        self.net = net
+        self.top1 = torchmetrics.Accuracy(task="multiclass", num_classes=classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return nn.functional.cross_entropy(self(images), labels)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        self.top1(self(images), labels)
+        self.log("top1", self.top1)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, _ = batch
+        return self(images)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-5)
+
+
+def deit_tiny() -> Classifier:
+    """DeiT-Tiny with its ImageNet weights: 80.4 % on the 500 evaluation images."""
+    import timm
+
+    net = timm.create_model("deit_tiny_patch16_224")
+    weights = load_file(ASSETS / "deit_tiny" / "model.safetensors")  # float16
+    net.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return Classifier(net.eval())
