@@ -244,7 +244,7 @@ def _peek(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     stream = iter(batches)
     first = list(islice(stream, 1))
     if not all(merge_across_ranks(bool(first))):
-        raise ValueError("there are fewer calibration batches than ranks; raise calibration_samples or lower batch_size")
+        raise ValueError("fewer calibration batches than ranks: raise calibration_samples or lower batch_size")
     return first[0], chain(first, stream)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from lightning_quant.graph import ModelGraph, Selection, matching
+from lightning_quant.graph import AttentionCalls, ModelGraph, Selection, matching
 from lightning_quant.layers import AttentionPlan, LayerPlan, Plan
 from lightning_quant.quantizers import Scheme, build_quantizer
 
@@ -115,8 +115,16 @@ class Formats:
         if self.activations is not None:
             operand = str(activation_scheme(self.activations, self.activation_defaults))
             for name in selection.attention:
-                calls = graph.attention.get(name, 1)
-                plan.attention[name] = AttentionPlan(operand, operand, operand, self.probabilities or operand, calls)
+                calls = graph.attention.get(name, AttentionCalls(fused=1))  # nn.MultiheadAttention shows no call
+                spelled = [list(positions) for positions in calls.spelled]
+                plan.attention[name] = AttentionPlan(
+                    operand, operand, operand, self.probabilities or operand, calls.fused, spelled
+                )
+        for name in selection.doors:
+            site = plan.attention.setdefault(name, AttentionPlan(None, None, None, None, fused=0))
+            read = [layer for layer in graph.functional.get(name, ()) if layer in plan.layers]
+            prefix = f"{name}." if name else ""
+            site.functional = [layer.removeprefix(prefix) for layer in read if layer.startswith(prefix)]
         for pattern, text in self.overrides.items():
             for name in matching([*plan.layers, *plan.attention], pattern, "overrides"):
                 self._override(plan, name, text)
@@ -132,8 +140,8 @@ class Formats:
     def _override(self, plan: Plan, name: str, text: str) -> None:
         if name in plan.layers:
             plan.layers[name] = self.same_for_both(text, "overrides")
-        if name in plan.attention:
+        if name in plan.attention and plan.attention[name].query is not None:
             site = plan.attention[name]
             operand = str(activation_scheme(text, self.activation_defaults))
             probabilities = site.probabilities if self.probabilities else operand
-            plan.attention[name] = AttentionPlan(operand, operand, operand, probabilities, site.calls)
+            plan.attention[name] = replace(site, query=operand, key=operand, value=operand, probabilities=probabilities)

@@ -147,7 +147,7 @@ def _refuse_truncated(plans: dict[str, Plan], state_dict: dict[str, Any], prefix
         lacking += [
             f"{prefix}{name}.attention_quantizers"
             for name, site in plan.attention.items()
-            if site.calls
+            if site.fused + len(site.spelled)
             and _quantized(site)
             and not any(head.startswith(f"{prefix}{name}.attention_quantizers") for head in heads)
         ]

@@ -1,7 +1,22 @@
 """Read-only knowledge of a model."""
 
+from lightning_quant.graph.attention import AttentionCalls
+from lightning_quant.graph.costs import Cost
+from lightning_quant.graph.norms import Modulation, NormPair, Rows
 from lightning_quant.graph.patterns import matches, matching
 from lightning_quant.graph.select import Selection, select
-from lightning_quant.graph.trace import ModelGraph, NormPair, trace
+from lightning_quant.graph.trace import ModelGraph, trace
 
-__all__ = ["ModelGraph", "NormPair", "Selection", "matches", "matching", "select", "trace"]
+__all__ = [
+    "AttentionCalls",
+    "Cost",
+    "ModelGraph",
+    "Modulation",
+    "NormPair",
+    "Rows",
+    "Selection",
+    "matches",
+    "matching",
+    "select",
+    "trace",
+]

@@ -14,10 +14,15 @@ from lightning_quant.layers import AttentionSite, QuantizedLayer, twin_of, why_n
 
 @dataclass
 class Selection:
-    """Names of the layers and attention sites to quantize, in call order, and why others stay float."""
+    """Names of the layers and attention sites to quantize, in call order, and why others stay float.
+
+    ``doors`` are modules whose forward would pass quantized layers by if it were not watched: it reads their weights
+    itself, or takes one of torch's fused fast paths.
+    """
 
     layers: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
+    doors: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -76,6 +81,13 @@ def select(
             + ": check target= and skip="
         )
     return chosen
+
+
+def _passes_by(module: nn.Module, name: str, graph: ModelGraph, layers: Sequence[str]) -> bool:
+    """Whether a module's forward would not call the quantized layers inside it."""
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+        return any(layer.startswith(f"{name}.") for layer in layers)
+    return any(layer in layers for layer in graph.functional.get(name, ()))
 
 
 def _looks_like_one(module: nn.Module) -> bool:

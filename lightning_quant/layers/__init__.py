@@ -1,11 +1,12 @@
 """The quantized modules that a network is made of."""
 
-from lightning_quant.layers.attention import AttentionSchemes, AttentionSite, QuantAttention
+from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer, weight_rows
 from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
 from lightning_quant.layers.linear import QuantEmbedding, QuantLinear
 from lightning_quant.layers.multihead import QuantMultiheadAttention
 from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
+from lightning_quant.layers.routing import MATMULS, SOFTMAXES, AttentionSite, softmax_is_last
 from lightning_quant.layers.swap import (
     create_bias,
     drop_bias,
@@ -17,6 +18,8 @@ from lightning_quant.layers.swap import (
 )
 
 __all__ = [
+    "MATMULS",
+    "SOFTMAXES",
     "AttentionPlan",
     "AttentionSchemes",
     "AttentionSite",
@@ -34,6 +37,7 @@ __all__ = [
     "quantize_attention",
     "quantize_layer",
     "restore",
+    "softmax_is_last",
     "twin_of",
     "weight_rows",
     "why_not_swappable",

@@ -1,21 +1,12 @@
-"""Attention with quantized operands, reached through the functional call.
-
-Models call :func:`torch.nn.functional.scaled_dot_product_attention` deep inside some module. The class of that module
-is replaced by a subclass whose ``forward`` enters a torch function mode and then runs the original ``forward``: the
-call is routed to our :class:`QuantAttention`, and no model needs code of its own here.
-"""
+"""Attention with quantized operands."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_quant.layers.base import through
 from lightning_quant.quantizers import Quantizer, Scheme, build_quantizer
@@ -105,59 +96,3 @@ class QuantAttention(nn.Module):
             scores = scores + attn_mask
         nothing_to_see = scores.isneginf().all(-1, keepdim=True)  # torch's kernels answer 0 for such a row, softmax NaN
         return through(self.probabilities_quantizer, scores.softmax(-1).masked_fill(nothing_to_see, 0.0))
-
-
-class Route(TorchFunctionMode):
-    """Sends calls of one torch function to another; the n-th call within one forward is told its n."""
-
-    def __init__(self, function: Callable[..., Any], target: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function, self.target, self.calls = function, target, 0
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not self.function:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        return self.target(self.calls - 1, *args, **(kwargs or {}))
-
-
-class AttentionSite(nn.Module):
-    """A module whose ``forward`` calls attention; mixed in before the module's own class.
-
-    ``attention_quantizers[n]`` serves the n-th call within one forward (the last one serves any further call).
-    """
-
-    float_class: ClassVar[type[nn.Module]]
-    attention_quantizers: nn.ModuleList
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward with its attention calls routed to ours."""
-        with Route(F.scaled_dot_product_attention, self._attend):
-            return super().forward(*args, **kwargs)
-
-    def _attend(self, call: int, *args: Any, **kwargs: Any) -> Tensor:
-        attention = self.attention_quantizers[min(call, len(self.attention_quantizers) - 1)]
-        out: Tensor = attention(*args, **kwargs)
-        return out
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by the float class: the subclass is made on the fly and has no import path."""
-        reduced = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        return (_new_site, (self.float_class,), *reduced[2:])
-
-
-def site_class(float_class: type[nn.Module]) -> type[AttentionSite]:
-    """The subclass of a module's class that routes its attention calls; the same one each time."""
-    return _site_class(cast(Hashable, float_class))
-
-
-@functools.cache
-def _site_class(float_class: type[nn.Module]) -> type[AttentionSite]:
-    return type(f"Quant{float_class.__name__}", (AttentionSite, float_class), {"float_class": float_class})
-
-
-def _new_site(float_class: type[nn.Module]) -> nn.Module:
-    cls = site_class(float_class)
-    return cls.__new__(cls)

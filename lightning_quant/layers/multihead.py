@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.layers.attention import AttentionSchemes, QuantAttention, Route
+from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer, through
+from lightning_quant.layers.routing import Route
 from lightning_quant.quantizers import Quantizer, Scheme
 
 
@@ -47,13 +48,12 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Same arguments and result as ``nn.MultiheadAttention.forward``."""
-        with Route(F.multi_head_attention_forward, self._attend):
+        with Route({F.multi_head_attention_forward: lambda func, args, kwargs: self._attend(*args, **kwargs)}):
             out: tuple[Tensor, Tensor | None] = super().forward(*args, **kwargs)
             return out
 
     def _attend(
         self,
-        call: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,

@@ -11,8 +11,9 @@ from typing import Any, cast
 
 from torch import nn
 
-from lightning_quant.layers.attention import AttentionSchemes, AttentionSite, QuantAttention
+from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer, weight_rows
+from lightning_quant.layers.routing import AttentionSite
 from lightning_quant.layers.swap import (
     create_bias,
     drop_bias,
@@ -35,13 +36,15 @@ class LayerPlan:
 
 @dataclass
 class AttentionPlan:
-    """The formats of one attention site's operands, and how often it attends in one forward."""
+    """The formats of one attention site's operands, and how it attends in one forward; see ``quantize_attention``."""
 
     query: str | None
     key: str | None
     value: str | None
     probabilities: str | None
-    calls: int = 1
+    fused: int = 1
+    spelled: list[list[int]] = field(default_factory=list)
+    functional: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -111,7 +114,9 @@ class Plan:
             quantize_layer(model.get_submodule(name), _scheme(layer.weights), _scheme(layer.inputs))
         for name, site in self.attention.items():
             schemes = AttentionSchemes(*(_scheme(getattr(site, operand)) for operand in QuantAttention.OPERANDS))
-            quantize_attention(model.get_submodule(name), schemes, site.calls)
+            quantize_attention(
+                model.get_submodule(name), schemes, site.fused, [(a, b, c) for a, b, c in site.spelled], site.functional
+            )
         for name in self.created:
             module = model.get_submodule(name)
             create_bias(module, like=weight_rows(module).reshape(len(weight_rows(module)), -1)[:, 0])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_quant.layers.attention import AttentionSchemes, AttentionSite, QuantAttention, site_class
+from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer
 from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
 from lightning_quant.layers.linear import QuantEmbedding, QuantLinear, QuantOutProjection
 from lightning_quant.layers.multihead import QuantMultiheadAttention
+from lightning_quant.layers.routing import AttentionSite, site_class
 from lightning_quant.quantizers import Scheme
 
 TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
@@ -74,20 +76,35 @@ def quantize_layer(layer: nn.Module, weights: Scheme | None, inputs: Scheme | No
     return layer
 
 
-def quantize_attention(module: nn.Module, schemes: AttentionSchemes, calls: int = 1) -> None:
-    """Route the attention calls in a module's forward to quantized attention; ``calls`` of them happen in one forward.
+def quantize_attention(
+    module: nn.Module,
+    schemes: AttentionSchemes,
+    fused: int = 1,
+    spelled: Sequence[tuple[int, int, int]] = (),
+    functional: Sequence[str] = (),
+) -> None:
+    """Route the attention calls in a module's forward to quantized attention.
 
-    With ``calls=0`` nothing is routed, but torch keeps off the fused fast paths that would pass quantized children by.
+    With nothing to route, torch still keeps off the fused fast paths that would pass quantized children by.
+
+    Args:
+        module: the module whose forward attends.
+        schemes: the formats of the operands.
+        fused: how often it calls ``scaled_dot_product_attention`` in one forward.
+        spelled: positions of the matmuls and softmaxes of attention that is spelled out.
+        functional: names of quantized children whose weight its forward reads.
     """
     if isinstance(module, QuantMultiheadAttention):
         module.add_attention(schemes)
         return
     weight = next(module.parameters(), None)
-    quantizers = nn.ModuleList(QuantAttention(schemes) for _ in range(calls))
+    quantizers = nn.ModuleList(QuantAttention(schemes) for _ in range(fused + len(spelled)))
+    quantizers.to(None if weight is None else weight.device).train(module.training)
     module.__class__ = site_class(type(module))
-    module.add_module(
-        "attention_quantizers", quantizers.to(None if weight is None else weight.device).train(module.training)
-    )
+    assert isinstance(module, AttentionSite)
+    module.attention_quantizers = quantizers
+    module.spelled = [(first, softmax, second) for first, softmax, second in spelled]
+    module.functional = list(functional)
 
 
 def restore(module: nn.Module) -> None:
@@ -95,7 +112,7 @@ def restore(module: nn.Module) -> None:
     if isinstance(module, QuantizedLayer):
         module.drop_quantizers()
     elif isinstance(module, AttentionSite):
-        del module.attention_quantizers
+        del module.attention_quantizers, module.spelled, module.functional
     if isinstance(module, (QuantizedLayer, AttentionSite)):
         module.__class__ = module.float_class  # type: ignore[assignment]
 

@@ -14,7 +14,8 @@ from lightning_quant.quantizers.logarithmic import (
     log_quantize,
 )
 from lightning_quant.quantizers.observers import Observer, refuse_nonfinite
-from lightning_quant.quantizers.ranges import Distribution, RangeRule, quantile, search
+from lightning_quant.quantizers.quantiles import quantile
+from lightning_quant.quantizers.ranges import Distribution, RangeRule, search
 from lightning_quant.quantizers.scheme import Scheme
 from lightning_quant.quantizers.uniform import UniformQuantizer, dequantize, fake_quantize, quantize, uniform_state
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from lightning_quant.quantizers.scheme import Scheme
 __all__ = ["Quantizer", "straight_through"]
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     r"""A number format with its scale: maps a float tensor to the nearest tensor the format can hold.
 
     The state is float32 buffers, and an *empty* buffer means "not calibrated": there is no other flag. An uncalibrated
@@ -136,9 +136,10 @@ class Quantizer(nn.Module):
         if self.scheme.dynamic:
             return
         rule = RangeRule.parse(rule)
-        view = self._view(x.detach().float())
-        lo, hi = search(Distribution.of(self._rows(view)), rule, self)
-        self.freeze(*(bound.reshape(self._state_shape(view)) for bound in (lo, hi)))
+        x = x.detach().float()
+        lo, hi = search(Distribution.of(self.rows(x)), rule, self)
+        shape = self._state_shape(self._view(x))
+        self.freeze(lo.reshape(shape), hi.reshape(shape))
 
     @torch.no_grad()
     def freeze(self, lo: Tensor, hi: Tensor) -> None:
@@ -198,8 +199,9 @@ class Quantizer(nn.Module):
             return (view.shape[self.axis],)
         return tuple(view.shape[:-1]) if self.scheme.granularity == "group" else ()
 
-    def _rows(self, view: Tensor) -> Tensor:
-        """Lays out ``view`` as (scales, elements that share the scale)."""
+    def rows(self, x: Tensor) -> Tensor:
+        """Lays out ``x`` as (scales, elements that share the scale)."""
+        view = self._view(x)
         if self.scheme.granularity == "channel":
             assert self.axis is not None
             return view.movedim(self.axis, 0).flatten(1) if view.dim() > 1 else view.unsqueeze(1)

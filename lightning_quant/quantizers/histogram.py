@@ -16,12 +16,13 @@ SMALLEST_EXPONENT = -126
 
 @dataclass(frozen=True)
 class Histogram:
-    r"""Integer counts in bins :math:`[j\,2^k, (j+1)\,2^k)`, one histogram per row.
+    r"""Integer counts in bins :math:`j = \mathrm{trunc}(x / 2^k)`, one histogram per row.
 
     The exponent k of a row is the smallest one whose bins cover the row's range, so it follows from the extremes alone.
-    When the range grows, k grows and bins merge exactly, :math:`j \mapsto \lfloor j / 2 \rfloor`. Hence merging is
+    When the range grows, k grows and bins merge exactly, :math:`j \mapsto \mathrm{trunc}(j / 2)`. Hence merging is
     associative and commutative, and two processes that saw half of the data each hold together exactly what one process
     that saw all of it holds. Bin j stands in slot ``j mod bins``, so a growing range never moves what need not merge.
+    All bins are :math:`2^k` wide but bin 0, which reaches as far on both sides of 0 and has 0 as its centre.
 
     Args:
         lo: Exact minimum, ``(rows,)``.
@@ -33,7 +34,7 @@ class Histogram:
         >>> first, second = Histogram.of(torch.tensor([[0.0, 1.0]]), 8), Histogram.of(torch.tensor([[-5.0]]), 8)
         >>> values, counts = first.merge(second).sorted_bins()
         >>> values[counts > 0], counts[counts > 0]
-        (tensor([-4.5000,  0.5000,  1.0000]), tensor([1, 1, 1]))
+        (tensor([-5.,  0.,  1.]), tensor([1, 1, 1]))
     """
 
     lo: Tensor
@@ -56,8 +57,9 @@ class Histogram:
             raise ValueError(f"a histogram has a power of two of bins, got bins={bins}.")
         lo, hi = rows.amin(1), rows.amax(1)  # several times faster than torch.aminmax along an axis
         exponent = _exponent(lo, hi, bins)
-        # Scaling by a power of two is exact, so an edge case falls into the same bin in every batch.
-        slots = (rows * _power_of_two(-exponent).float().unsqueeze(1)).floor_().to(torch.int32).bitwise_and_(bins - 1)
+        # Scaling by a power of two is exact, so an edge case falls into the same bin in every batch. The one exception,
+        # a tiny number that underflows to 0, is harmless: truncating (unlike rounding down) takes it to bin 0 anyway.
+        slots = (rows * _power_of_two(-exponent).float().unsqueeze(1)).to(torch.int32).bitwise_and_(bins - 1)
         slots += torch.arange(0, len(rows) * bins, bins, dtype=torch.int32, device=rows.device).unsqueeze(1)
         return cls(lo, hi, exponent, torch.bincount(slots.flatten(), minlength=len(rows) * bins).view(-1, bins))
 
@@ -71,20 +73,21 @@ class Histogram:
         """Returns bin centres, moved inside the exact range, and counts, both ``(rows, bins)`` in ascending order."""
         bins = self.counts.shape[1]
         indices = self._lowest_bin().unsqueeze(1) + torch.arange(bins, device=self.counts.device)
-        centres = (indices.double() + 0.5) * _power_of_two(self.exponent).unsqueeze(1)
+        centres = (indices + 0.5 * indices.sign()).double() * _power_of_two(self.exponent).unsqueeze(1)
         centres = centres.float().clamp(self.lo.unsqueeze(1), self.hi.unsqueeze(1))
         return centres, self.counts.gather(1, indices % bins)
 
     def _lowest_bin(self) -> Tensor:
-        return (self.lo.double() * _power_of_two(-self.exponent)).floor().long()
+        return (self.lo.double() * _power_of_two(-self.exponent)).long()
 
     def _coarsened(self, exponent: Tensor) -> Tensor:
         bins = self.counts.shape[1]
         lowest = self._lowest_bin().unsqueeze(1)
         slots = torch.arange(bins, device=self.counts.device)
         indices = lowest + (slots - lowest) % bins  # which bin stands in each slot
-        shift = (exponent - self.exponent).clamp(max=2 * MANTISSA_BITS).unsqueeze(1)
-        return torch.zeros_like(self.counts).scatter_add_(1, (indices >> shift) % bins, self.counts)
+        factor = 1 << (exponent - self.exponent).clamp(max=2 * MANTISSA_BITS).unsqueeze(1)
+        coarse = torch.div(indices, factor, rounding_mode="trunc")
+        return torch.zeros_like(self.counts).scatter_add_(1, coarse % bins, self.counts)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -102,5 +105,5 @@ def _exponent(lo: Tensor, hi: Tensor, bins: int) -> Tensor:
     exponent = torch.where(hi > lo, torch.maximum(exponent, width), exponent)
     for _ in range(3):
         power = _power_of_two(-exponent)
-        exponent = exponent + ((hi * power).floor() - (lo * power).floor() + 1 > bins).long()
+        exponent = exponent + ((hi * power).trunc() - (lo * power).trunc() + 1 > bins).long()
     return exponent

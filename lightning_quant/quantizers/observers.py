@@ -90,7 +90,7 @@ class Observer:
         """
         if x.numel() == 0:
             return x
-        rows = self.quantizer._rows(x.detach().float())
+        rows = self.quantizer.rows(x.detach().float())
         lo, hi = rows.amin(1), rows.amax(1)  # several times faster than torch.aminmax along an axis
         refuse_nonfinite(torch.cat([lo, hi]), self.name)
         if self.rule.name == "running":

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_quant.graph import NormPair, trace
+from lightning_quant.graph import AttentionCalls, Modulation, NormPair, Rows, trace
 
 
 class Block(nn.Module):
@@ -32,7 +32,7 @@ def test_deit():
     net = timm.create_model("deit_tiny_patch16_224", depth=3).eval()
     graph = graph_of(net, torch.randn(1, 3, 224, 224))
     assert graph.blocks == ["blocks.0", "blocks.1", "blocks.2"]
-    assert graph.attention == {f"blocks.{i}.attn": 1 for i in range(3)}
+    assert graph.attention == {f"blocks.{i}.attn": AttentionCalls(1) for i in range(3)}
     want = {NormPair(f"blocks.{i}.norm1", (f"blocks.{i}.attn.qkv",)) for i in range(3)}
     want |= {NormPair(f"blocks.{i}.norm2", (f"blocks.{i}.mlp.fc1",)) for i in range(3)}
     assert set(graph.pairs) == want | {NormPair("norm", ("head",))}
@@ -152,4 +152,94 @@ def test_what_does_not_run_is_not_in_the_order():
 
 def test_several_attention_calls_in_one_forward():
     net = lambda_net(lambda m, x: F.scaled_dot_product_attention(x, x, F.scaled_dot_product_attention(x, x, x)))
-    assert graph_of(net, torch.randn(1, 4, 8)).attention == {"": 2}
+    assert graph_of(net, torch.randn(1, 4, 8)).attention == {"": AttentionCalls(2)}
+
+
+class Spelled(nn.Module):
+    """Attention spelled out, with a scale, a mask, a softmax module and dropout between."""
+
+    def __init__(self, multiply=torch.matmul):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.softmax, self.dropout, self.multiply = nn.Softmax(-1), nn.Dropout(0.1), multiply
+
+    def forward(self, x):
+        mixed = torch.matmul(x.transpose(1, 2), x)  # another matmul, which is none of attention's
+        scores = self.multiply(self.q(x), self.k(x).transpose(1, 2)) / 3 + torch.zeros(x.shape[1])
+        out = self.multiply(self.dropout(self.softmax(scores.float())).to(x.dtype), self.v(x))
+        return out + mixed.mean()
+
+
+def einsum(a, b):
+    return torch.einsum("bij,bjk->bik", a, b)
+
+
+@pytest.mark.parametrize("multiply", [torch.matmul, torch.bmm, einsum, lambda a, b: a @ b])
+def test_attention_spelled_out(multiply):
+    net = nn.Sequential(Spelled(multiply)).eval()
+    graph = graph_of(net, torch.randn(2, 5, 8))
+    assert graph.attention == {"0": AttentionCalls(0, [(1, 0, 2)])}
+
+
+def test_softmax_over_another_axis_is_no_attention():
+    net = lambda_net(lambda m, x: (x @ x.transpose(1, 2)).softmax(1) @ x)
+    assert graph_of(net, torch.randn(2, 5, 8)).attention == {}
+
+
+def test_weights_read_by_a_function_are_noted_where_they_are_read():
+    net = lambda_net(lambda m, x: F.linear(x, m.fc.weight, torch.ones(8)), fc=nn.Linear(8, 8, bias=False))
+    graph = graph_of(net, torch.randn(2, 8))
+    assert graph.functional == {"": ["fc"]} and "fc" not in graph.order and graph.costs["fc"].macs == 2 * 8 * 8
+
+
+def test_costs():
+    net = nn.Sequential(
+        nn.Conv2d(4, 6, 3, padding=1, groups=2),
+        nn.ConvTranspose2d(6, 4, 2, stride=2),
+        nn.Flatten(),
+        nn.Linear(4 * 64, 5),
+    )
+    costs = graph_of(net, torch.randn(2, 4, 4, 4)).costs
+    assert {name: cost.macs for name, cost in costs.items()} == {
+        "0": 2 * 16 * 6 * 2 * 9,
+        "1": 2 * 16 * 6 * 4 * 4,
+        "3": 2 * 256 * 5,
+    }
+    assert costs["0"].input == (2, 4, 4, 4) and costs["0"].output == (2, 6, 4, 4)
+
+
+def test_tied_weights_are_named():
+    net = nn.ModuleDict({"embed": nn.Embedding(5, 8), "head": nn.Linear(8, 5, bias=False)})
+    net["head"].weight = net["embed"].weight
+    assert trace(net, lambda: net["head"](net["embed"](torch.tensor([1])))).tied == [("embed.weight", "head.weight")]
+
+
+class Modulated(nn.Module):
+    """A block as in diffusion transformers: one linear gives scale and shift of two norms, and gates."""
+
+    def __init__(self, spoil=False):
+        super().__init__()
+        self.modulation, self.spoil = nn.Linear(8, 48), spoil
+        self.norm1, self.norm2 = (nn.LayerNorm(8, elementwise_affine=False) for _ in range(2))
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c)).chunk(6, dim=-1)
+        x = x + gate1[:, None] * self.fc1(self.norm1(x) * (1 + scale1[:, None]) + shift1[:, None])
+        if self.spoil:
+            gate2 = gate2 * scale2
+        return x + gate2.unsqueeze(1) * self.fc2(self.norm2(x) * (scale2.unsqueeze(1) + 1) + shift2.unsqueeze(1))
+
+
+def test_modulated_norms():
+    graph = graph_of(Modulated(), torch.randn(2, 5, 8), torch.randn(2, 8))
+    rows = [Rows("modulation", 8 * i, 8 * i + 8) for i in range(6)]
+    assert graph.pairs == [
+        NormPair("norm1", ("fc1",), Modulation(scale=rows[1], shift=rows[0])),
+        NormPair("norm2", ("fc2",), Modulation(scale=rows[4], shift=rows[3])),
+    ]
+
+
+def test_a_modulation_that_is_used_elsewhere_is_not_foldable():
+    graph = graph_of(Modulated(spoil=True), torch.randn(2, 5, 8), torch.randn(2, 8))
+    assert [pair.norm for pair in graph.pairs] == ["norm1"] and "used elsewhere" in graph.unfoldable["norm2"]

@@ -97,7 +97,7 @@ def test_site_routes_only_its_own_calls_and_only_while_it_runs():
 
 def test_each_call_of_a_forward_has_its_own_quantizers():
     site, x = Attention(calls=2), torch.randn(2, 5, 8)
-    quantize_attention(site, INT8, calls=2)
+    quantize_attention(site, INT8, fused=2)
     calibrate(site, lambda: site(x))
     first, second = (attention.value_quantizer.scale for attention in site.attention_quantizers)
     assert first != second  # the second call attends to the output of the first
@@ -212,5 +212,5 @@ def test_encoder_layer_keeps_off_its_fused_path():
         quantize_layer(layer.linear1, Scheme.parse("int8_sym_channel"), None).register_forward_hook(
             lambda *_: ran.append(1)
         )
-        quantize_attention(layer, FLOAT, calls=0)
+        quantize_attention(layer, FLOAT, fused=0)
         assert torch.allclose(layer(x), want, atol=1e-5) and ran

@@ -1,0 +1,253 @@
+"""Quantize a zoo of models by one callback and write what came of it to ``docs/models.md``.
+
+``python -m benchmarks.zoo`` shows the table, ``--only NAME`` takes models whose name contains it, ``--write`` writes the
+page. Every model gets ``PostTrainingQuantization(weights="int8", activations="int8")`` and ``trainer.validate``, and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import lightning as L
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.macs import MacCounter
+from benchmarks.zoo_models import ZOO, Specimen, call
+from benchmarks.zoo_modules import first_tensor
+from lightning_quant import PostTrainingQuantization
+from lightning_quant.checkpoint import record_of
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+
+
+@dataclass
+class Result:
+    """What came of one model.
+
+    Args:
+        name: in the zoo.
+        error: type, message and place of an exception, if there was one.
+        layers: how many layers are quantized.
+        sites: how many attention sites are.
+        layer_macs: of all linear and convolution layers in one forward of the float model, and how many of these
+            multiply quantized numbers in the quantized model.
+        attention_macs: the same for the products of attention.
+        sqnr: of the output, in decibels.
+        float_layers: MACs of the layers that multiply float numbers, by name.
+        skipped: what the callback says that it left float, and why.
+        seconds: that ``validate`` took.
+    """
+
+    name: str
+    error: str = ""
+    layers: int = 0
+    sites: int = 0
+    layer_macs: tuple[int, int] = (0, 0)
+    attention_macs: tuple[int, int] = (0, 0)
+    sqnr: float = float("nan")
+    float_layers: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The share of the layers' MACs that is quantized."""
+        return self.layer_macs[1] / max(self.layer_macs[0], 1)
+
+    def left_float(self) -> str:
+        """What was left float and why: first the layers that cost something, then the rest, counted by reason."""
+        total = max(self.layer_macs[0], 1)
+        lines = [
+            f"`{name}` ({100 * macs / total:.1f} %): {self.skipped.get(name, 'the callback does not mention it')}"
+            for name, macs in self.float_layers.items()
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.skipped.items():
+            if name not in self.float_layers:
+                reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            lines.append(f"{', '.join(f'`{name}`' for name in names[:2])}{', ...' * (len(names) > 2)}: {why}")
+        return "; ".join(lines)
+
+
+def quantize(name: str, specimen: Specimen) -> Result:
+    """Validate one model with the callback and compare it with its float self on the validation batch."""
+    module, data = specimen.make()
+    batch = data.first("val")
+    exact, counted = observe(module, batch)
+    result = Result(name)
+    start = time.perf_counter()
+    try:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            callbacks=[PostTrainingQuantization(weights="int8", activations="int8")],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.validate(module, datamodule=data, verbose=False)
+        result.seconds = time.perf_counter() - start
+        rounded, recounted = observe(module, batch)
+    except Exception as error:
+        result.error = located(error)
+        return result
+    for plan in record_of(module).plans.values():
+        result.layers, result.sites, result.skipped = len(plan.layers), len(plan.attention), plan.skipped
+    result.layer_macs = counted.macs(False), recounted.macs(False, quantized=True)
+    result.attention_macs = counted.macs(True), recounted.macs(True, quantized=True)
+    result.float_layers = recounted.float_layers()
+    result.sqnr = sqnr(exact, rounded)
+    return result
+
+
+@torch.no_grad()
+def observe(module: nn.Module, batch: Any) -> tuple[Tensor, MacCounter]:
+    """The first tensor of the output, and the products behind it, counted in a forward of their own."""
+    module.eval()
+    with MacCounter(module).counting() as counter:
+        call(module, batch)
+    return first_tensor(call(module, batch)), counter
+
+
+def sqnr(exact: Tensor, rounded: Tensor) -> float:
+    """Signal to quantization noise in decibels: 10 log10(sum x^2 / sum (x - y)^2)."""
+    exact, rounded = exact.double(), rounded.double()
+    return float(10 * torch.log10(exact.square().sum() / (exact - rounded).square().sum()))
+
+
+def located(error: Exception) -> str:
+    """Type and message, and the innermost place in the package."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "lightning_quant" in Path(f.filename).parts]
+    place = f" [{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}]" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+
+
+HEADER = ("model", "library", "weights", "layers", "linear + conv MACs", "attention sites", "attention MACs", "SQNR")
+
+
+def row(result: Result, specimen: Specimen) -> tuple[str, ...]:
+    """The cells of one line."""
+    cells = (result.name, specimen.library, "trained" if specimen.at_hand() else "random")
+    if result.error:
+        return *cells, *(["-"] * 5)
+    return (
+        *cells,
+        str(result.layers),
+        percent(result.layer_macs),
+        str(result.sites),
+        percent(result.attention_macs),
+        f"{result.sqnr:.1f} dB",
+    )
+
+
+def percent(macs: tuple[int, int]) -> str:
+    """How much of it is quantized, rounded down so that 100 % means all."""
+    return f"{int(1000 * macs[1] / macs[0]) / 10:.1f} %" if macs[0] else "-"
+
+
+def show(results: list[Result], console: Console) -> None:
+    """Print the table."""
+    table = Table(*HEADER, "s", "left float, and why", title="W8A8 by one callback")
+    for result in results:
+        table.add_row(
+            *row(result, ZOO[result.name]),
+            f"{result.seconds:.1f}",
+            result.error or result.left_float().replace("`", ""),
+        )
+    console.print(table)
+
+
+def page(results: list[Result]) -> str:
+    """The table as Markdown."""
+    versions = {name: version(name) for name in ("torch", "lightning", "timm", "transformers", "diffusers")}
+    versions = {"Python": platform.python_version(), **versions}
+    lines = ["| " + " | ".join(HEADER) + " |", "|---|---|---|---:|---:|---:|---:|---:|"]
+    lines += ["| " + " | ".join(row(result, ZOO[result.name])) + " |" for result in results]
+    remarks = [f"- **{r.name}**: {r.error or r.left_float()}" for r in results if r.error or r.left_float()]
+    good = sum(not r.error and r.share >= 0.9 and r.sqnr >= 20 for r in results)
+    return INTRODUCTION.format(
+        models=len(results),
+        good=good,
+        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
+        table="\n".join(lines),
+        remarks="\n".join(remarks),
+    )
+
+
+INTRODUCTION = """# Models
+
+{models} models, each a LightningModule as one writes it without quantization in mind, quantized to 8-bit weights and 8-bit
+activations by the same callback, with no argument for any of them:
+
+```python
+trainer = L.Trainer(callbacks=[PostTrainingQuantization(weights="int8", activations="int8")])
+trainer.validate(model, datamodule=data)
+```
+
+In {good} of {models}, at least 90 % of the multiplications in linear and convolution layers run on 8-bit numbers, and the
+output keeps at least 20 dB.
+
+{table}
+
+- *weights*: `random` is a small configuration of the real class with seeded weights; `trained` are weights at hand.
+- *linear + conv MACs*: multiplications whose two operands are 8-bit numbers in the quantized model, as a share of those
+  in the float model. They are counted where torch executes them and judged by the numbers themselves, not by asking
+  the package. *attention MACs* are the products of queries and keys, and of probabilities and values.
+- *SQNR*: of the first tensor of the output against the float model, on 8 samples that did not calibrate.
+
+## What was left float, and why
+
+Shares are of the multiplications in linear and convolution layers.
+
+{remarks}
+
+---
+
+Made by `python -m benchmarks.zoo --write` with {versions}.
+"""
+
+
+def main(args: list[str] | None = None) -> list[Result]:
+    """Run the zoo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", action="append", help="models whose name contains this")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.parent.name}/{PAGE.name}")
+    options = parser.parse_args(args)
+    names = [n for n in ZOO if not options.only or any(part.lower() in n.lower() for part in options.only)]
+    if not names:
+        parser.error(f"--only: there are {', '.join(ZOO)}")
+    torch.set_num_threads(2)
+    warnings.filterwarnings("ignore")
+    for library in ("lightning.pytorch", "transformers", "diffusers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    console, results = Console(), []
+    for name in names:
+        with console.status(name):
+            results.append(quantize(name, ZOO[name]))
+    show(results, console)
+    if options.write:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page(results))
+        console.print(f"wrote {PAGE}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

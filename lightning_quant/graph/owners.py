@@ -1,0 +1,35 @@
+"""Which layer owns a parameter, and which parameters are shared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Owners:
+    """Finds the layer that owns a parameter by the parameter's identity.
+
+    Args:
+        module: the model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._names: dict[int, list[str]] = {}
+        for name, child in module.named_modules():
+            for key, parameter in child.named_parameters(recurse=False):
+                self._names.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+
+    def of(self, parameter: Any) -> str | None:
+        """The name of the layer that owns a parameter (the first one, if it is shared); ``None`` for other tensors."""
+        names = self._names.get(id(parameter))
+        return None if names is None else names[0].rpartition(".")[0]
+
+    def is_tied(self, parameter: Any) -> bool:
+        """Whether several layers share the parameter."""
+        return len(self._names.get(id(parameter), ())) > 1
+
+    def tied_groups(self) -> list[tuple[str, ...]]:
+        """The names of every shared parameter."""
+        return [tuple(names) for names in self._names.values() if len(names) > 1]
