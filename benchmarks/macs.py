@@ -77,7 +77,10 @@ class MacCounter(TorchDispatchMode):
             self._add(False, positions * weight.numel(), on_a_grid(x.reshape(1, -1)) and on_a_grid(weight.flatten(1)))
         elif func in BATCHED:
             a, b = args[BATCHED[func] :][:2]  # (batch, rows, in), (batch, in, out)
-            self._add(True, a.numel() * b.shape[2], all(on_a_grid(x.reshape(1, -1)) for x in (a, b)))
+            # A linear layer of a strided input comes as a batch of products with one and the same weight.
+            attention = len(b) == 1 or b.stride(0) != 0
+            second = on_a_grid(b.reshape(1, -1) if attention else b[0].t())
+            self._add(attention, a.numel() * b.shape[2], on_a_grid(a.reshape(1, -1)) and second)
         elif func.overloadpacket.__name__ in FUSED:
             query, key, value = args[:3]  # (..., tokens, channels)
             pairs = math.prod(query.shape[:-1]) * key.shape[-2]

@@ -4,10 +4,24 @@
 >>> callback = RepQViT(weights="int4", activations="int4")
 """
 
-from lightning_quant.callbacks import PostTrainingQuantization, RepQViT
+from lightning_quant.callbacks import Fidelity, PostTrainingQuantization, RepQViT
 from lightning_quant.checkpoint import load_quantized, save_quantized
+from lightning_quant.metrics import SQNR, CosineFidelity, NegativeFlipRate, PositiveFlipRate, TopOneAgreement
 from lightning_quant.modules import CalibrationMixin
 from lightning_quant.quantizers import Scheme
 
 __version__ = "0.1.0"
-__all__ = ["CalibrationMixin", "PostTrainingQuantization", "RepQViT", "Scheme", "load_quantized", "save_quantized"]
+__all__ = [
+    "SQNR",
+    "CalibrationMixin",
+    "CosineFidelity",
+    "Fidelity",
+    "NegativeFlipRate",
+    "PositiveFlipRate",
+    "PostTrainingQuantization",
+    "RepQViT",
+    "Scheme",
+    "TopOneAgreement",
+    "load_quantized",
+    "save_quantized",
+]

@@ -22,6 +22,7 @@ from lightning_quant.calibration import (
     merge_across_ranks,
     undisturbed,
 )
+from lightning_quant.callbacks.dry_run import DryRun, dry_run
 from lightning_quant.callbacks.formats import Formats
 from lightning_quant.checkpoint import attach_record, detach_record, make_float, record_of
 from lightning_quant.graph import ModelGraph, select, trace
@@ -159,6 +160,18 @@ class QuantizationCallback(Callback):
         return self.arguments
 
     # ---------------------------------------------------------------- what a user may call
+
+    def plan(self, model: nn.Module, batch: Any) -> DryRun:
+        """What would be quantized, to which size, and what would not and why; changes nothing. Print the result.
+
+        Args:
+            model: the float LightningModule.
+            batch: one batch as its dataloader gives it, on the model's device; a few samples suffice.
+        """
+        check_feedable(model)
+        with undisturbed(model):
+            graph = trace(model, lambda: feed(None, model, first_samples(batch, 2)))
+        return dry_run(model, graph, self.plan_for(model, graph))
 
     def is_calibrated(self, model: nn.Module) -> bool:
         """Whether this callback has quantized the model, and every scale is known."""

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_quant.calibration import CalibrationBatches, fitted_in_stream
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.formats import Formats, activation_scheme
-from lightning_quant.graph import ModelGraph, matches
+from lightning_quant.graph import ModelGraph, Modulation, NormPair, matches
 from lightning_quant.layers import Plan, QuantizedLayer
 from lightning_quant.quantizers import RangeRule, Scheme, UniformQuantizer
 from lightning_quant.transforms import fold_pair, per_tensor, unfolded_on_failure
@@ -152,22 +152,29 @@ class RepQViT(QuantizationCallback):
             for batch in batches:
                 run(batch)
 
-        folded = {name: model.get_submodule(name) for pair in pairs for name in (pair.norm, *pair.linears)}
+        folded = {name: model.get_submodule(name) for pair in pairs for name in (_folded_norm(pair), *pair.linears)}
         plan.created = [name for name, module in folded.items() if module.bias is None]
         with unfolded_on_failure(list(folded.values())):
             for pair in pairs:
-                self._reparameterize(model.get_submodule(pair.norm), [layers[name] for name in pair.linears])
-            self.fit_weights({name: layers[name] for pair in pairs for name in pair.linears}, self.rule)
+                self._reparameterize(
+                    folded[_folded_norm(pair)], [layers[name] for name in pair.linears], pair.modulation
+                )
+            self.fit_weights({name: layers[name] for name in folded if name in layers}, self.rule)
 
-    def _reparameterize(self, norm: nn.Module, linears: list[QuantizedLayer]) -> None:
+    def _reparameterize(self, norm: nn.Module, linears: list[QuantizedLayer], modulation: Modulation | None) -> None:
         """Fold the norm into the linears that read it, and give them one scale for the whole tensor."""
         per_channel = _input(linears[0])  # all of them read the same tensor
         found = per_tensor(per_channel.scale, per_channel.zero_point, self.round_zero_point)
-        fold_pair(norm, linears, found.divisor, found.shift)
+        fold_pair(norm, linears, found.divisor, found.shift, modulation)
         for linear in linears:
             linear.set_quantizer("input_quantizer", replace(per_channel.scheme, granularity="tensor"), axis=-1)
             _input(linear).scale = found.scale.float()
             _input(linear).zero_point = found.zero_point.float()
+
+
+def _folded_norm(pair: NormPair) -> str:
+    """What takes the fold: the norm, or the linear layer that modulates it."""
+    return pair.norm if pair.modulation is None else pair.modulation.scale.linear
 
 
 def _input(layer: QuantizedLayer) -> UniformQuantizer:

@@ -27,7 +27,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         folder: is made if it does not exist.
 
     Raises:
-        ValueError: if the model is not quantized, or not calibrated yet.
+        ValueError: if the model is not quantized, not calibrated yet, or holds a weight that is no plain Parameter.
 
     >>> save_quantized(model, "deit_w4a4")  # doctest: +SKIP
     >>> load_quantized(DeiT(), "deit_w4a4")  # doctest: +SKIP
@@ -96,8 +96,14 @@ def _pack_layer(model: nn.Module, name: str, layer: QuantizedLayer, state: dict[
         weight = getattr(layer, weight_name)
         if sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
             continue
+        key = f"{name}.{weight_name}"
+        if key not in state:
+            raise ValueError(
+                f"`{key}` is recomputed in every forward, by a pruning mask or a weight norm, so it has no codes to save: "
+                f"make it permanent first, as torch.nn.utils.prune.remove does"
+            )
         rows = layer.weight_rows(weight_name)  # (out, ...)
-        codes, key = quantizer.encode(rows.detach()), f"{name}.{weight_name}"
+        codes = quantizer.encode(rows.detach())
         del state[key]
         state[f"{key}.codes"] = pack(codes, quantizer.scheme.bits)
         described[key] = {

@@ -88,6 +88,7 @@ class NormWatcher(Watcher):
     def result(self) -> tuple[list[NormPair], dict[str, str]]:
         """The pairs, and why the other norms are none."""
         norms_of = Counter(linear for linears in self.readers.values() for linear in linears)
+        rows_of = Counter(rows for seen in self.modulations.values() for m in seen if m is not None for rows in m)
         pairs, unfoldable = [], dict(self.obstacles)
         for norm, linears in self.readers.items():
             seen = self.modulations.get(norm, {None})
@@ -101,7 +102,9 @@ class NormWatcher(Watcher):
                 unfoldable.setdefault(norm, "its readers see it in several ways, modulated and not")
             elif not self.has_affine[norm] and modulation is None:
                 unfoldable.setdefault(norm, "it has no affine, and no modulation that was recognised")
-            elif modulation is not None and self.read_elsewhere & set(modulation):
+            elif modulation is not None and (
+                self.read_elsewhere & set(modulation) or max(rows_of[rows] for rows in modulation) > 1
+            ):
                 unfoldable.setdefault(norm, f"its modulation by `{modulation.scale.linear}` is used elsewhere too")
             if norm not in unfoldable:
                 pairs.append(NormPair(norm, tuple(linears), modulation))

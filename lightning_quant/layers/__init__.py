@@ -3,6 +3,7 @@
 from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer, weight_rows
 from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
+from lightning_quant.layers.float_twin import as_float
 from lightning_quant.layers.linear import QuantEmbedding, QuantLinear
 from lightning_quant.layers.multihead import QuantMultiheadAttention
 from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
@@ -32,6 +33,7 @@ __all__ = [
     "QuantLinear",
     "QuantMultiheadAttention",
     "QuantizedLayer",
+    "as_float",
     "create_bias",
     "drop_bias",
     "quantize_attention",

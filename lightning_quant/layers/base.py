@@ -41,9 +41,10 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("folded", torch.tensor(False, device=self.device))
 
     def drop_quantizers(self) -> None:
-        """Take the quantizers out again."""
+        """Take the quantizers out again, as far as they were put in: adding them may have been interrupted."""
         for name in [*(f"{name}_quantizer" for name in self.present_weights()), *self.input_quantizers, "folded"]:
-            delattr(self, name)
+            if hasattr(self, name):
+                delattr(self, name)
 
     def set_quantizer(self, name: str, scheme: Scheme | None, axis: int) -> None:
         """Put an uncalibrated quantizer under a name, in the place of what was there."""

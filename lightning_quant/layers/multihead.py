@@ -39,7 +39,8 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     def drop_quantizers(self) -> None:
         """Take the quantizers out again."""
         super().drop_quantizers()
-        del self.attention_quantizers
+        if hasattr(self, "attention_quantizers"):
+            del self.attention_quantizers
 
     def activation_quantizers(self) -> dict[str, Quantizer]:
         """The quantizers of the three inputs and of the four attention operands."""

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.graph import Modulation
 from lightning_quant.layers import QuantizedLayer, create_bias, drop_bias, weight_rows
 
 
@@ -46,38 +47,69 @@ def fold_linear(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> t
     return weight * scale, bias - weight @ shift
 
 
-def fold_pair(norm: nn.Module, linears: Sequence[nn.Module], scale: Tensor, shift: Tensor) -> None:
-    """Fold a scale and a shift into a norm and all its readers, in float64; a missing bias is created.
+def fold_modulation(
+    weight: Tensor, bias: Tensor, modulation: Modulation, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""The modulating layer's new parameters, so that :math:`X = n (1 + g) + b` becomes :math:`(X + t) / r`.
 
-    The Parameters keep their identity. Linears that are quantized are marked as folded, and refuse to be folded again.
+    .. math:: 1 + \tilde g = (1 + g) / r, \qquad \tilde b = (b + t) / r
+
+    where the rows of :math:`g` and :math:`b` are outputs of the layer.
 
     Args:
-        norm: a module with ``weight`` (C,) and ``bias``.
-        linears: every reader of the norm's output.
-        scale: (C,), what the norm's output will be divided by.
+        weight: (out, in) of the layer that gives :math:`g` and :math:`b`.
+        bias: (out,).
+        modulation: which of its rows give :math:`g` and which :math:`b`.
+        scale: :math:`r` (C,).
+        shift: :math:`t` (C,).
+    """
+    weight, bias = weight.clone(), bias.clone()
+    gain, offset = (slice(rows.start, rows.stop) for rows in modulation)
+    weight[gain] /= scale[:, None]
+    bias[gain] = (1 + bias[gain]) / scale - 1
+    weight[offset] /= scale[:, None]
+    bias[offset] = (bias[offset] + shift) / scale
+    return weight, bias
+
+
+def fold_pair(
+    norm: nn.Module, linears: Sequence[nn.Module], scale: Tensor, shift: Tensor, modulation: Modulation | None = None
+) -> None:
+    """Fold a scale and a shift into a norm and all its readers, in float64; a missing bias is created.
+
+    The Parameters keep their identity. Readers that are quantized are marked as folded, and refuse to be folded again.
+
+    Args:
+        norm: a norm with ``weight`` (C,) and ``bias``; or the linear layer that modulates it.
+        linears: every reader of the norm's (modulated) output.
+        scale: (C,), what that output will be divided by.
         shift: (C,), what is added to it before.
+        modulation: which rows of ``norm`` modulate, if it is a linear layer.
 
     Raises:
-        ValueError: if a linear has been folded already.
+        ValueError: if a reader has been folded already.
     """
-    for linear in linears:
-        if isinstance(linear, QuantizedLayer) and bool(linear.folded):
-            raise ValueError("this linear layer has been folded already; folding twice would corrupt it")
+    if any(isinstance(linear, QuantizedLayer) and bool(linear.folded) for linear in linears):
+        raise ValueError("this linear layer has been folded already; folding twice would corrupt it")
     with torch.no_grad():
         scale, shift = scale.double(), shift.double()
         for linear in linears:
             weight = weight_rows(linear)  # (out, in); a view of the Parameter where that is stored the other way round
             bias = _bias(linear, like=weight[:, 0])
-            new_weight, new_bias = fold_linear(weight.double(), bias.double(), scale, shift)
-            weight.copy_(new_weight)
-            bias.copy_(new_bias)
+            _set(weight, bias, *fold_linear(weight.double(), bias.double(), scale, shift))
             if isinstance(linear, QuantizedLayer):
                 linear.folded.fill_(True)
-        gamma = weight_rows(norm)
-        beta = _bias(norm, like=gamma)
-        new_gamma, new_beta = fold_norm(gamma.double(), beta.double(), scale, shift)
-        gamma.copy_(new_gamma)
-        beta.copy_(new_beta)
+        weight = weight_rows(norm)
+        bias = _bias(norm, like=weight.reshape(len(weight), -1)[:, 0])
+        if modulation is None:
+            _set(weight, bias, *fold_norm(weight.double(), bias.double(), scale, shift))
+        else:
+            _set(weight, bias, *fold_modulation(weight.double(), bias.double(), modulation, scale, shift))
+
+
+def _set(weight: Tensor, bias: Tensor, new_weight: Tensor, new_bias: Tensor) -> None:
+    weight.copy_(new_weight)
+    bias.copy_(new_bias)
 
 
 def _bias(module: nn.Module, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 HOOKS = [name for name in vars(nn.Module()) if name.endswith("hooks")]
-OF_THE_RUN = {"_trainer", "_results", "_lightning_quant"}  # what a Trainer sets; our own record is looked at by name
+OF_THE_RUN = {"_hparams", "_lightning_quant"}  # what a Trainer sets by itself; and our own record, a fact of its own
 
 
 def bits(tensor):

@@ -243,3 +243,15 @@ def test_modulated_norms():
 def test_a_modulation_that_is_used_elsewhere_is_not_foldable():
     graph = graph_of(Modulated(spoil=True), torch.randn(2, 5, 8), torch.randn(2, 8))
     assert [pair.norm for pair in graph.pairs] == ["norm1"] and "used elsewhere" in graph.unfoldable["norm2"]
+
+
+def test_a_modulation_of_two_norms_is_not_foldable():
+    net = Modulated()
+
+    def forward(x, c):
+        shift, scale, _, *_ = net.modulation(c)[:, None].chunk(6, dim=-1)
+        return net.fc1(net.norm1(x) * (1 + scale) + shift) + net.fc2(net.norm2(x) * (1 + scale) + shift)
+
+    net.forward = forward
+    graph = graph_of(net, torch.randn(2, 5, 8), torch.randn(2, 8))
+    assert graph.pairs == [] and "used elsewhere" in graph.unfoldable["norm1"]
