@@ -111,9 +111,14 @@ def test_an_exception_gives_back_what_was_there(exception):
     seen = []
     observed.observer = lambda x: seen.append(x) or x
     observer, classes = observed.observer, [type(module) for module in model.modules()]
-    with pytest.raises(exception), as_float(model):
-        model(x)
-        raise exception
+
+    def fail():
+        with as_float(model):
+            model(x)
+            raise exception
+
+    with pytest.raises(exception):
+        fail()
     assert not seen and observed.observer is observer
     assert all(quantizer.observer is None for quantizer in quantizers(model) if quantizer is not observed)
     assert [type(module) for module in model.modules()] == classes
