@@ -4,7 +4,7 @@
 >>> callback = RepQViT(weights="int4", activations="int4")
 """
 
-from lightning_quant.callbacks import Fidelity, PostTrainingQuantization, RepQViT
+from lightning_quant.callbacks import Fidelity, PostTrainingQuantization, QuantizationAwareTraining, RepQViT
 from lightning_quant.checkpoint import load_quantized, save_quantized
 from lightning_quant.metrics import SQNR, CosineFidelity, NegativeFlipRate, PositiveFlipRate, TopOneAgreement
 from lightning_quant.modules import CalibrationMixin
@@ -19,6 +19,7 @@ __all__ = [
     "NegativeFlipRate",
     "PositiveFlipRate",
     "PostTrainingQuantization",
+    "QuantizationAwareTraining",
     "RepQViT",
     "Scheme",
     "TopOneAgreement",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from typing import Any, Literal
@@ -22,11 +23,12 @@ from lightning_quant.calibration import (
     merge_across_ranks,
     undisturbed,
 )
+from lightning_quant.callbacks.averages import averaged_copies, check_averages
 from lightning_quant.callbacks.dry_run import DryRun, dry_run
 from lightning_quant.callbacks.formats import Formats
-from lightning_quant.checkpoint import attach_record, detach_record, make_float, record_of
+from lightning_quant.checkpoint import attach_record, detach_record, record_of
 from lightning_quant.graph import ModelGraph, select, trace
-from lightning_quant.layers import Plan, QuantizedLayer
+from lightning_quant.layers import Plan, QuantizedLayer, created_biases, structure_kept
 from lightning_quant.quantizers import RangeRule
 
 
@@ -104,6 +106,12 @@ class QuantizationCallback(Callback):
         reached = set().union(*merge_across_ranks(reached))
         for name in [name for name in plan.modules(model) if name not in reached]:
             plan.give_back(model, name, "calibration never reached it")
+        if not plan.layers:
+            raise ValueError(
+                f"nothing to quantize in {type(model).__name__}: calibration never reached a layer"
+                + (f" in target={self.target!r}" if self.target else "")
+                + "; set target=, or define calibration_step(self, batch) that runs the layers to be quantized"
+            )
 
     def fit_weights(self, layers: Mapping[str, QuantizedLayer], rule: RangeRule) -> None:
         """Search the ranges of the layers' weights as they are now."""
@@ -131,7 +139,12 @@ class QuantizationCallback(Callback):
                 f"this model is quantized already, by {plan.method} with {plan.arguments}; "
                 f"this callback has {self.arguments}. Call {plan.method}.remove(model) first"
             )
-        record.expected[self.state_key] = (type(self).__name__, self.arguments)
+        for model in [pl_module, *(averaged_copies(trainer) if stage == "fit" else [])]:  # a checkpoint is for both
+            attach_record(model).expected[self.state_key] = (type(self).__name__, self.arguments)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a fit that would spoil the scales."""
+        check_averages(trainer, pl_module, type(self).__name__, self.is_calibrated(pl_module), self.during_fit)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate, unless that is done, or this is only fit's own validation."""
@@ -148,7 +161,11 @@ class QuantizationCallback(Callback):
         self._require_calibrated(pl_module, "predict")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop minding checkpoints."""
+        """Stop minding checkpoints; Lightning put the training flags back, but of the modules that it knew only."""
+        record = record_of(pl_module)
+        plan = None if record is None else record.plans.get(self.state_key)
+        if plan is not None:
+            plan.follow_training(pl_module)
         self._let_go(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -194,7 +211,8 @@ class QuantizationCallback(Callback):
             raise ValueError(
                 f"{type(self).__name__} has not quantized this {type(model).__name__}: there is nothing to remove"
             )
-        folded = [name for name in plan.layers if bool(model.get_submodule(name).folded)]
+        modules = dict(model.named_modules())
+        folded = [name for name in plan.layers if bool(getattr(modules.get(name), "folded", False))]
         plan.undo(model)
         detach_record(model)
         if folded:
@@ -208,23 +226,30 @@ class QuantizationCallback(Callback):
         """Quantize the model now; it is left as it was if anything goes wrong."""
         check_feedable(pl_module)
         record = attach_record(pl_module)
-        if self.state_key in record.plans:  # its quantizers lost their scales: a float state dict went into a submodule
-            make_float(pl_module, record)
         run = partial(feed, trainer, pl_module)
-        with undisturbed(pl_module), torch.compiler.set_stance("force_eager"):
+        with undisturbed(pl_module), torch.compiler.set_stance("force_eager"), structure_kept(pl_module):
+            if self.state_key in record.plans:  # its quantizers lost scales: a float state dict went into a submodule
+                record.plans[self.state_key].undo(pl_module)
             batches = CalibrationBatches(trainer, pl_module, self.calibration_loader, self.calibration_samples)
-            first, stream = _peek(self.draw(batches))
-            graph = trace(pl_module, lambda: run(first_samples(first, 2)))
+            samples, stream = _peek(self.draw(batches))
+            graph = trace(pl_module, lambda: run(samples))
             plan = self.plan_for(pl_module, graph)
-            plan.check(pl_module)
-            try:
-                plan.apply(pl_module)
+            with self.applied(pl_module, plan):
                 self.calibrate_plan(pl_module, plan, graph, stream, run)
-                _require_scales(pl_module, plan)
-            except BaseException:
-                plan.undo(pl_module)
-                raise
-        record.plans[self.state_key] = plan
+
+    @contextmanager
+    def applied(self, pl_module: LightningModule, plan: Plan) -> Iterator[None]:
+        """Build the quantized structure, for the block to find its scales; undone if anything goes wrong."""
+        plan.check(pl_module)
+        with structure_kept(pl_module):
+            plan.apply(pl_module)
+            yield
+            _require_scales(pl_module, plan)
+        plans = attach_record(pl_module).plans
+        others = {name for key, other in plans.items() if key != self.state_key for name in other.created}
+        # an earlier fold may have left its biases behind
+        plan.created = [name for name in created_biases(pl_module) if name not in others]
+        plans[self.state_key] = plan
         rank_zero_info(_summary(plan))
 
     # ---------------------------------------------------------------- private
@@ -253,12 +278,13 @@ def _require_scales(model: nn.Module, plan: Plan) -> None:
 
 
 def _peek(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
-    """The first batch, and all of them; refuses on every rank where one rank would have none."""
+    """Two samples, the same ones on every rank, and all batches; refuses on every rank where one would have none."""
     stream = iter(batches)
     first = list(islice(stream, 1))
-    if not all(merge_across_ranks(bool(first))):
+    samples = merge_across_ranks([first_samples(batch, 2) for batch in first])
+    if not all(samples):
         raise ValueError("fewer calibration batches than ranks: raise calibration_samples or lower batch_size")
-    return first[0], chain(first, stream)
+    return samples[0][0], chain(first, stream)
 
 
 def _summary(plan: Plan) -> str:

@@ -71,8 +71,14 @@ class PostTrainingQuantization(QuantizationCallback):
         self, model: nn.Module, plan: Plan, graph: ModelGraph, batches: Iterable[Any], run: Callable[[Any], Any]
     ) -> None:
         """Observe the float stream, batch after batch, and freeze; then search the ranges of the weights."""
-        with observed(plan.activation_quantizers(model), self.rule), reached(plan.modules(model)) as names:
+        self.find_ranges(model, plan, batches, run, self.rule)
+
+    def find_ranges(
+        self, model: nn.Module, plan: Plan, batches: Iterable[Any], run: Callable[[Any], Any], rule: RangeRule
+    ) -> None:
+        """The same by any rule."""
+        with observed(plan.activation_quantizers(model), rule), reached(plan.modules(model)) as names:
             for batch in batches:
                 run(batch)
         self.give_back_unreached(model, plan, names)
-        self.fit_weights(plan.quantized_layers(model), self.rule)
+        self.fit_weights(plan.quantized_layers(model), rule)

@@ -79,7 +79,7 @@ class RepQViT(QuantizationCallback):
         overrides: Mapping[str, str] | None = None,
         **common: Any,
     ) -> None:
-        bits = Scheme.parse(activations).bits
+        bits = _bits(activations, attention)
         formats = Formats(
             weights,
             activations,
@@ -106,6 +106,7 @@ class RepQViT(QuantizationCallback):
 
     def plan_for(self, model: nn.Module, graph: ModelGraph) -> Plan:
         """Every layer in the asked formats; the input of the stem has its own."""
+        plan = super().plan_for(model, graph)
         if not graph.pairs:
             why = next(iter(graph.unfoldable.items()), None)
             raise ValueError(
@@ -114,8 +115,7 @@ class RepQViT(QuantizationCallback):
                 + (f" (`{why[0]}`: {why[1]})" if why else "")
                 + "; use PostTrainingQuantization for this model"
             )
-        plan = super().plan_for(model, graph)
-        stem = next(name for name in graph.order if name in plan.layers)
+        stem = next((name for name in graph.order if name in plan.layers), "")
         exempt = self.formats.first_last is not None or any(
             matches(stem, pattern) for pattern in self.formats.overrides
         )
@@ -170,6 +170,22 @@ class RepQViT(QuantizationCallback):
             linear.set_quantizer("input_quantizer", replace(per_channel.scheme, granularity="tensor"), axis=-1)
             _input(linear).scale = found.scale.float()
             _input(linear).zero_point = found.zero_point.float()
+
+
+def _bits(activations: str, attention: bool) -> int:
+    """The bits of the activations; refuses formats that cannot come out of the folding, or have no logarithm."""
+    scheme = Scheme.parse(activations)
+    if scheme.kind != "int" or scheme.dynamic or scheme.granularity not in (None, "tensor"):
+        raise ValueError(
+            f"activations={activations!r}: RepQViT folds scales into weights until one static integer scale per tensor "
+            f"is left, as 'int4' has; use PostTrainingQuantization for other formats"
+        )
+    if attention and not 2 <= scheme.bits <= 8:
+        raise ValueError(
+            f"activations={activations!r}: the attention probabilities take as many bits, and a logarithmic format has "
+            f"2 to 8; set attention=False to leave them float"
+        )
+    return scheme.bits
 
 
 def _folded_norm(pair: NormPair) -> str:

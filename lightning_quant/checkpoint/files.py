@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_quant.checkpoint.manifest import attach_record, detach_record, entry_for, read_plans, record_of
@@ -45,16 +47,10 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     del state[entry_for(record.plans)[0]]
     packed = {key: value for layer in _packable(model) for key, value in _pack_layer(model, *layer, state).items()}
     tied = _split_tied(state)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    description = {
-        "format": 1,
-        "plans": {k: plan.to_dict() for k, plan in record.plans.items()},
-        "packed": packed,
-        "tied": tied,
-    }
-    _write(folder / DESCRIPTION, lambda path: path.write_text(json.dumps(description, indent=1)))
-    _write(folder / TENSORS, lambda path: save_file({k: v.contiguous() for k, v in state.items()}, path))
+    plans = {key: plan.to_dict() for key, plan in record.plans.items()}
+    description = json.dumps({"format": 1, "plans": plans, "packed": packed, "tied": tied}, indent=1)
+    tensors = {key: value.contiguous() for key, value in state.items()}
+    _write_both(Path(folder), description, tensors)
 
 
 def load_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -65,18 +61,26 @@ def load_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the folder of :func:`save_quantized`, or a ``.ckpt`` file.
 
     Raises:
-        ValueError: if the model lacks a planned layer or the file lacks tensors; the model is then left as it was.
+        FileNotFoundError: if there is no such file, or the folder lacks one of its two files.
+        ValueError: if a file is damaged or lacks tensors, or belongs to another model.
+
+    Whatever is raised, the model is left as it was.
     """
     path = Path(path)
     if path.is_file():
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        state = stored.get("state_dict", stored)
         if not read_plans(state):
             raise ValueError(f"{path.name} holds a float model: load it with load_state_dict or load_from_checkpoint")
     else:
         state = _read_folder(path)
     attach_record(model)
+    before = {key: value.clone() if isinstance(value, Tensor) else value for key, value in model.state_dict().items()}
     try:
         model.load_state_dict(state)
+    except Exception:
+        model.load_state_dict(before)  # torch complains of missing keys after it has loaded all others
+        raise
     finally:
         detach_record(model)
 
@@ -99,11 +103,14 @@ def _pack_layer(model: nn.Module, name: str, layer: QuantizedLayer, state: dict[
         key = f"{name}.{weight_name}"
         if key not in state:
             raise ValueError(
-                f"`{key}` is recomputed in every forward, by a pruning mask or a weight norm, so it has no codes to save: "
-                f"make it permanent first, as torch.nn.utils.prune.remove does"
+                f"`{key}` is recomputed in every forward, by a pruning mask or a weight norm: "
+                f"make it permanent before saving its codes, as torch.nn.utils.prune.remove does"
             )
         rows = layer.weight_rows(weight_name)  # (out, ...)
-        codes = quantizer.encode(rows.detach())
+        try:
+            codes = quantizer.encode(rows.detach())
+        except ValueError as error:
+            raise ValueError(f"`{key}`: {error}") from error
         del state[key]
         state[f"{key}.codes"] = pack(codes, quantizer.scheme.bits)
         described[key] = {
@@ -116,30 +123,39 @@ def _pack_layer(model: nn.Module, name: str, layer: QuantizedLayer, state: dict[
 
 
 def _split_tied(state: dict[str, Tensor]) -> dict[str, str]:
-    """Keep one of several names of the same memory, as safetensors demands; returns {dropped: kept}."""
+    """Keep one of several names of the same tensor, and part tensors that overlap, as safetensors demands.
+
+    Returns {dropped: kept}.
+    """
     kept: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     tied: dict[str, str] = {}
     for key, value in list(state.items()):
-        if value.numel() == 0:
-            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"`{key}` is a {type(value).__name__}, and save_quantized stores tensors only: "
+                f"use trainer.save_checkpoint"
+            )
         place = (value.data_ptr(), value.shape, value.stride())
-        if place in kept:
+        if place in kept and value.numel():
             tied[key] = kept[place]
             del state[key]
-        else:
-            kept[place] = key
+            continue
+        kept[place] = key
+        if value.untyped_storage().nbytes() > value.nbytes:
+            state[key] = value.clone()
     return tied
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
     """The state dict out of a folder, weights decoded from their codes."""
-    description = json.loads((folder / DESCRIPTION).read_text())
-    state = load_file(folder / TENSORS)
-    state |= {key: state[kept] for key, kept in description["tied"].items()}
+    description, state = _read_both(folder)
+    state |= {key: state[kept] for key, kept in description["tied"].items() if kept in state}
     for key, how in description["packed"].items():
         scheme, shape = Scheme.parse(how["scheme"]), tuple(how["shape"])
-        quantizer = build_quantizer(scheme, axis=0)
-        prefix = f"{key}_quantizer."
+        quantizer, prefix = build_quantizer(scheme, axis=0), f"{key}_quantizer."
+        for needed in (f"{key}.codes", *(f"{prefix}{name}" for name in quantizer.state_names)):
+            if needed not in state:
+                raise ValueError(f"`{TENSORS}` in {folder} lacks `{needed}`, which `{DESCRIPTION}` tells of")
         quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         rows = quantizer.decode(unpack(state.pop(f"{key}.codes"), scheme.bits, shape)).to(getattr(torch, how["dtype"]))
         state[key] = rows.t() if how["transposed"] else rows
@@ -148,8 +164,39 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _write(path: Path, write: Any) -> None:
-    """Write beside and rename, so that a killed process leaves no half file."""
-    beside = path.with_suffix(f"{path.suffix}.partial")
-    write(beside)
-    beside.replace(path)
+def _write_both(folder: Path, description: str, tensors: dict[str, Tensor]) -> None:
+    """Write both files beside their places and rename them, so that a killed process leaves no half file.
+
+    It could still leave one new file beside an old one; the digest tells.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = {name: folder / f"{name}.partial" for name in (DESCRIPTION, TENSORS)}
+    try:
+        beside[DESCRIPTION].write_text(description)
+        save_file(tensors, beside[TENSORS], {"description": sha256(description.encode()).hexdigest()})
+        for name, path in beside.items():
+            path.replace(folder / name)
+    finally:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
+
+
+def _read_both(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors, which must belong together."""
+    for name in (DESCRIPTION, TENSORS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} lacks `{name}`: it is no folder that save_quantized wrote to the end")
+    text, description = (folder / DESCRIPTION).read_bytes(), {}
+    try:
+        description = json.loads(text)
+        with safe_open(folder / TENSORS, "pt") as file:
+            digest = (file.metadata() or {}).get("description")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (ValueError, SafetensorError) as error:
+        name = TENSORS if description else DESCRIPTION
+        raise ValueError(f"`{name}` in {folder} is damaged ({error}): save the model again") from error
+    if digest != sha256(text).hexdigest():
+        raise ValueError(
+            f"`{DESCRIPTION}` and `{TENSORS}` in {folder} belong to different models: save the model again"
+        )
+    return description, tensors

@@ -100,15 +100,27 @@ def _bring_in_line(model: nn.Module, state_dict: dict[str, Any], prefix: str, *r
         return
     plans = read_plans(state_dict, prefix)
     _refuse_another_plan(plans, record.expected)
-    _refuse_truncated(plans, state_dict, prefix)
-    make_float(model, record)
-    for plan in plans.values():
-        plan.check(model)
-    for key, plan in plans.items():
-        plan.apply(model)
-        record.plans[key] = plan
+    before, expected = model.state_dict(), record.expected
+    try:
+        if _structure(plans) != _structure(record.plans):  # one that stands is kept: an optimizer may hold its scales
+            make_float(model, record)
+            for plan in plans.values():
+                plan.check(model)
+            for key, plan in plans.items():
+                plan.apply(model)
+                record.plans[key] = plan
+        _refuse_other_tensors(model, plans, state_dict, prefix)
+    except ValueError:
+        record.expected = {}  # what it was before is not to be refused
+        nn.Module.load_state_dict(model, before)
+        record.expected = expected
+        raise
     for key in [key for key in state_dict if key.startswith(prefix + _ENTRY)]:
         del state_dict[key]
+
+
+def _structure(plans: dict[str, Plan]) -> dict[str, Any]:
+    return {key: (plan.layers, plan.attention, plan.created) for key, plan in plans.items()}
 
 
 def make_float(model: nn.Module, record: Record, drop_created: bool = True) -> None:
@@ -139,27 +151,26 @@ def _refuse_another_plan(plans: dict[str, Plan], expected: dict[str, tuple[str, 
             )
 
 
-def _refuse_truncated(plans: dict[str, Plan], state_dict: dict[str, Any], prefix: str) -> None:
+def _refuse_other_tensors(model: nn.Module, plans: dict[str, Plan], state_dict: dict[str, Any], prefix: str) -> None:
+    """Refuse a state dict that lacks tensors of a planned layer, or whose weights have another shape."""
+    own = {key: value for key, value in model.state_dict(prefix=prefix).items() if isinstance(value, Tensor)}
     for plan in plans.values():
-        wanted = [f"{prefix}{name}.folded" for name in plan.layers] + [f"{prefix}{name}.bias" for name in plan.created]
-        heads = {key.rpartition(".")[0] for key in state_dict}
-        lacking = [key for key in wanted if key not in state_dict]
-        lacking += [
-            f"{prefix}{name}.attention_quantizers"
-            for name, site in plan.attention.items()
-            if site.fused + len(site.spelled)
-            and _quantized(site)
-            and not any(head.startswith(f"{prefix}{name}.attention_quantizers") for head in heads)
+        names = [
+            *plan.layers,
+            *(f"{name}.attention_quantizers" if name else "attention_quantizers" for name in plan.attention),
         ]
+        planned = tuple(f"{prefix}{name}." for name in names)
+        keys = [key for key in own if key.startswith(planned)]
+        lacking = [key for key in keys if key not in state_dict]
         if lacking:
             raise ValueError(
                 f"this checkpoint is truncated: its plan ({plan.method}) needs `{lacking[0]}`, "
                 f"which it lacks ({len(lacking)} keys in all)"
             )
-
-
-def _quantized(site: Any) -> bool:
-    return any((site.query, site.key, site.value, site.probabilities))
+        for key in keys:
+            stored, here = tuple(state_dict[key].shape), tuple(own[key].shape)
+            if "_quantizer" not in key and stored != here:  # a quantizer takes the stored shape over
+                raise ValueError(f"this checkpoint is of another model: `{key}` is {stored} there and {here} here")
 
 
 def _listed(arguments: dict[str, Any]) -> str:

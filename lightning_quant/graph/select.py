@@ -46,6 +46,8 @@ def select(
         nothing is left.
     """
     modules = dict(model.named_modules())
+    if target is not None:  # what its author wrote as `net.head` is `net._orig_mod.head` once `net` is compiled
+        target = next((name for name in modules if name.replace("_orig_mod.", "") == target), target)
     if target is not None and target not in modules:
         matching([name for name in modules if name], target, "target")
         raise ValueError(f"target: there is no submodule named {target!r}; give its full name")
@@ -73,6 +75,7 @@ def select(
         chosen.attention = [
             name for name in sites if name in ran and not any(matches(name, pattern) for pattern in skip)
         ]
+    chosen.doors = [name for name in ran if name in inside and _passes_by(modules[name], name, graph, chosen.layers)]
     if not chosen.layers:
         found = "; ".join(f"{name}: {why}" for name, why in list(chosen.skipped.items())[:3])
         raise ValueError(

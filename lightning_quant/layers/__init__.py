@@ -4,12 +4,15 @@ from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer, weight_rows
 from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
 from lightning_quant.layers.float_twin import as_float
+from lightning_quant.layers.learning import learn_scales, learned_parameters, learned_quantizers, settle_scales
 from lightning_quant.layers.linear import QuantEmbedding, QuantLinear
 from lightning_quant.layers.multihead import QuantMultiheadAttention
 from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
 from lightning_quant.layers.routing import MATMULS, SOFTMAXES, AttentionSite, softmax_is_last
+from lightning_quant.layers.structure import structure_kept
 from lightning_quant.layers.swap import (
     create_bias,
+    created_biases,
     drop_bias,
     quantize_attention,
     quantize_layer,
@@ -35,11 +38,17 @@ __all__ = [
     "QuantizedLayer",
     "as_float",
     "create_bias",
+    "created_biases",
     "drop_bias",
+    "learn_scales",
+    "learned_parameters",
+    "learned_quantizers",
     "quantize_attention",
     "quantize_layer",
     "restore",
+    "settle_scales",
     "softmax_is_last",
+    "structure_kept",
     "twin_of",
     "weight_rows",
     "why_not_swappable",

@@ -107,6 +107,12 @@ class Plan:
                 raise ValueError(f"the plan of {self.method} quantizes `{name}`, but here it is a {found}")
             if refusal := why_not_swappable(modules[name]):
                 raise ValueError(f"the plan of {self.method} quantizes `{name}`, but here {refusal}")
+        for name in self.attention:
+            if "forward" in vars(modules[name]):
+                raise ValueError(
+                    f"attention in `{name or type(model).__name__}` cannot be quantized: it has its own forward on the "
+                    f"instance, as a compiled LightningModule has; compile after calibrating or set attention=False"
+                )
 
     def apply(self, model: nn.Module) -> None:
         """Build the quantized structure, uncalibrated, on a float model."""
@@ -123,13 +129,17 @@ class Plan:
 
     def undo(self, model: nn.Module) -> None:
         """Give every planned module its float class back; Parameters stay as they are, created biases too."""
+        modules = dict(model.named_modules())
         for name in [*self.attention, *self.layers]:
-            restore(model.get_submodule(name))
+            if name in modules:
+                restore(modules[name])
 
     def forget_created(self, model: nn.Module) -> None:
         """Take the created biases away, because float weights that never knew them are to be loaded."""
+        modules = dict(model.named_modules())
         for name in self.created:
-            drop_bias(model.get_submodule(name))
+            if name in modules:
+                drop_bias(modules[name])
 
     def give_back(self, model: nn.Module, name: str, why: str) -> None:
         """Make one planned layer float again, saying why."""
@@ -139,12 +149,35 @@ class Plan:
         self.skipped[name] = why
 
     def modules(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The planned layers and attention sites, by name."""
-        return {name: model.get_submodule(name) for name in {**self.layers, **self.attention}}
+        """The planned layers and attention sites, by name.
+
+        Raises:
+            ValueError: naming one that is no longer what it was quantized to.
+        """
+        modules = dict(model.named_modules())
+        planned = {name: modules.get(name) for name in {**self.layers, **self.attention}}
+        for name, module in planned.items():
+            if not isinstance(module, (QuantizedLayer, AttentionSite)):
+                found = "it is gone" if module is None else f"it is a {type(module).__name__}"
+                raise ValueError(
+                    f"{self.method} quantized `{name}`, but now {found}: "
+                    f"call {self.method}.remove(model) and calibrate again"
+                )
+        return cast(dict[str, nn.Module], planned)
+
+    def follow_training(self, model: nn.Module) -> None:
+        """Put what was added into the training mode of the module that it was added to."""
+        for name, module in model.named_modules():
+            if name in self.layers or name in self.attention:
+                for child_name, child in module.named_children():
+                    if child_name.endswith(("_quantizer", "_quantizers")):
+                        child.train(module.training)
 
     def quantized_layers(self, model: nn.Module) -> dict[str, QuantizedLayer]:
         """The planned layers, by name."""
-        return {name: cast(QuantizedLayer, model.get_submodule(name)) for name in self.layers}
+        return {
+            name: cast(QuantizedLayer, module) for name, module in self.modules(model).items() if name in self.layers
+        }
 
     def activation_quantizers(self, model: nn.Module) -> dict[str, Quantizer]:
         """The quantizers of layer inputs and attention operands, by full name."""

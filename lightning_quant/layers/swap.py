@@ -123,6 +123,15 @@ def create_bias(module: nn.Module, like: Tensor) -> None:
     module.register_load_state_dict_pre_hook(_drop_bias)
 
 
+def created_biases(model: nn.Module) -> list[str]:
+    """Names of the modules whose bias is a created one."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(getattr(hook, "hook", hook) is _drop_bias for hook in module._load_state_dict_pre_hooks.values())
+    ]
+
+
 def drop_bias(module: nn.Module) -> None:
     """Take a created bias away."""
     module.register_parameter("bias", None)

@@ -6,6 +6,7 @@ from lightning_quant.quantizers.base import Quantizer, straight_through
 from lightning_quant.quantizers.build import build_quantizer
 from lightning_quant.quantizers.floating import FloatQuantizer, float_grid, float_max, float_quantize
 from lightning_quant.quantizers.histogram import Histogram
+from lightning_quant.quantizers.learned import LearnedQuantizer, scale_gradient
 from lightning_quant.quantizers.logarithmic import (
     LogQuantizer,
     log_dequantize,
@@ -23,6 +24,7 @@ __all__ = [
     "Distribution",
     "FloatQuantizer",
     "Histogram",
+    "LearnedQuantizer",
     "LogQuantizer",
     "Observer",
     "Quantizer",
@@ -42,6 +44,7 @@ __all__ = [
     "quantile",
     "quantize",
     "refuse_nonfinite",
+    "scale_gradient",
     "search",
     "straight_through",
     "uniform_state",

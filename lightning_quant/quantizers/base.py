@@ -111,6 +111,7 @@ class Quantizer(nn.Module, ABC):
         view = self._view(x.float())
         return self.to_codes(view, *self._state_for(view)).reshape(x.shape)
 
+    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Returns the float32 values of ``codes``; ``decode(encode(x))`` equals ``forward(x)`` bit for bit.
 
@@ -164,12 +165,15 @@ class Quantizer(nn.Module, ABC):
         if not bool((lo.isfinite() & hi.isfinite() & (lo <= hi)).all()):
             raise ValueError(f'"{self.scheme}" takes a finite range with lo <= hi, got lo {lo} and hi {hi}.')
         for name, value in zip(self.state_names, self.state_from_range(lo, hi), strict=True):
-            setattr(self, name, value)
+            self._store(name, value)
 
     def reset(self) -> None:
         """Forgets the state, so that the quantizer is uncalibrated."""
         for name in self.state_names:
-            setattr(self, name, torch.empty(0, dtype=torch.float32, device=getattr(self, name).device))
+            self._store(name, torch.empty(0, dtype=torch.float32, device=getattr(self, name).device))
+
+    def _store(self, name: str, value: Tensor) -> None:
+        setattr(self, name, value)
 
     def _require_stored_state(self, verb: str) -> None:
         if self.scheme.dynamic:
@@ -258,13 +262,13 @@ class Quantizer(nn.Module, ABC):
             # The stored shape says how many scales there are; ours is empty until something is calibrated.
             own = getattr(self, name)
             if stored.shape != own.shape:
-                setattr(self, name, torch.empty(stored.shape, dtype=torch.float32, device=own.device))
+                self._store(name, torch.empty(stored.shape, dtype=torch.float32, device=own.device))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         for name in present:
             if getattr(self, name).dtype != torch.float32:  # load_state_dict(assign=True) takes the stored tensor over
-                setattr(self, name, getattr(self, name).float())
+                self._store(name, getattr(self, name).float())
         if not present:  # a float checkpoint: nothing is missing, the quantizer is simply uncalibrated
             missing_keys[:] = [key for key in missing_keys if key not in keys.values()]
             self.reset()

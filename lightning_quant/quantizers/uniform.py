@@ -75,7 +75,9 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, zero_point, clipped = saved
         # Straight through, x^ = s * (x / s + rounding error) inside and s * (an end of the grid - z) outside.
         grad_scale = (grads[0] * clipped - grad_x * x * scale.reciprocal()).sum_to_size(scale.shape)
-        grad_zero_point = ((grad_x - grads[0]) * scale).sum_to_size(zero_point.shape)
+        grad_zero_point = None
+        if ctx.needs_input_grad[2]:
+            grad_zero_point = ((grad_x - grads[0]) * scale).sum_to_size(zero_point.shape)
         return grad_x, grad_scale, grad_zero_point, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong while calibrating: each fault gets a right answer or one clear error, and leaves the model as it was."""
+"""What goes wrong while calibrating: a right answer or one clear error each time, and the model is left as it was."""
 
 import signal
 
@@ -317,7 +317,9 @@ def test_a_pattern_that_matches_nothing_is_refused(method, argument, words):
 @pytest.mark.parametrize("verb", ["test", "predict"])
 def test_test_and_predict_before_any_calibration_are_refused(method, verb):
     model = TinyTransformer()
-    with refused(model, rf"has not calibrated .* trainer\.validate\(model, \.\.\.\) before trainer\.{verb}", RuntimeError):
+    with refused(
+        model, rf"has not calibrated .* trainer\.validate\(model, \.\.\.\) before trainer\.{verb}", RuntimeError
+    ):
         getattr(trainer(method()), verb)(model, datamodule=Sequences())
     assert is_float(model)
 
@@ -339,5 +341,3 @@ def test_validate_without_a_batch_calibrates_nothing_and_predict_still_says_so(m
         run.validate(model, datamodule=Sequences(), verbose=False)
     with refused(model, "has not calibrated", RuntimeError):
         run.predict(model, datamodule=Sequences())
-
-

@@ -17,7 +17,7 @@ from lightning_quant.metrics import (
     sqnr,
     top_one_agreement,
 )
-from tests.models import SAMPLES, Sequences, TinyTransformer, trainer, validate
+from tests.models import SAMPLES, TOKENS, WIDTH, Sequences, TinyTransformer, trainer, validate
 
 NAMES = ("sqnr", "cosine", "agreement", "negative_flips", "positive_flips")
 
@@ -38,22 +38,24 @@ def wanted(quantized, reference, target):
 
 def test_logs_what_two_models_side_by_side_give():
     exact, model = TinyTransformer().eval(), TinyTransformer()
-    result = validate(model, Fidelity(), ptq())  # the order of the callbacks does not matter
+    result = validate(model, Fidelity(), ptq(bits=2))  # the order of the callbacks does not matter
     x, target = Sequences().val.tensors
     with torch.no_grad():
         want = wanted(model.eval()(x), exact(x), target)
     found = {name: result[f"fidelity/{name}"] for name in NAMES}
     assert found == {name: pytest.approx(value.item(), rel=1e-5) for name, value in want.items()}
-    assert 0 < found["negative_flips"] < 0.5 and 5 < found["sqnr"] < 60
+    assert found["negative_flips"] > found["positive_flips"] > 0
 
 
-@pytest.mark.parametrize("method", [ptq, lambda: RepQViT(weights="int4", activations="int4")], ids=["ptq", "repq"])
+@pytest.mark.parametrize(
+    "method", [lambda: ptq(2), lambda: RepQViT(weights="int3", activations="int3")], ids=["ptq", "repq"]
+)
 def test_the_logged_accuracies_differ_by_the_flips(method):
     before = validate(TinyTransformer())["accuracy"]
     after = validate(TinyTransformer(), method(), Fidelity())
-    flips = after["fidelity/positive_flips"] - after["fidelity/negative_flips"]
-    assert flips * SAMPLES == pytest.approx(round(flips * SAMPLES), abs=1e-9)
-    assert round(after["accuracy"] * SAMPLES) == round(before * SAMPLES) + round(flips * SAMPLES)
+    negative, positive = after["fidelity/negative_flips"], after["fidelity/positive_flips"]
+    assert negative > 0 and positive > 0
+    assert after["accuracy"] == before - negative + positive  # exactly: 64 samples
 
 
 def test_more_bits_are_nearer():
@@ -130,16 +132,44 @@ def test_follows_the_weights_in_fit():
     assert again["fidelity/sqnr"] == pytest.approx(sqnrs[1], rel=1e-5)
 
 
+def test_sanity_checking_is_not_compared():
+    class Counts(TinyTransformer):
+        compared = 0
+
+        def predict_step(self, batch, batch_idx):
+            self.compared += 1
+            return super().predict_step(batch, batch_idx)
+
+    model = Counts()
+    validate(model, ptq())
+    model.compared = 0
+    trainer(Fidelity(), max_epochs=1, limit_train_batches=1, num_sanity_val_steps=2).fit(model, datamodule=Sequences())
+    assert model.compared == 2 * 8  # eight batches, quantized and float
+
+
+def test_a_model_may_write_to_what_it_made_in_inference_mode():
+    class Cached(TinyTransformer):
+        cache = None
+
+        def forward(self, x):
+            if self.cache is None:
+                self.cache = torch.zeros(8, TOKENS, WIDTH)
+            return super().forward(self.cache.copy_(x))
+
+    model = Cached()
+    validate(model, ptq())
+    model.cache = None
+    assert "fidelity/sqnr" in validate(model, Fidelity())
+
+
 def test_a_float_model_is_not_compared_and_one_warning_says_so():
     model, callback = TinyTransformer(), Fidelity()
-    with pytest.warns(UserWarning, match="no layer of this TinyTransformer is quantized.*during_fit=True") as caught:
+    with pytest.warns(UserWarning, match="no layer of this TinyTransformer is quantized.*during_fit=True"):
         first = validate(model, callback)
-        second = validate(model, callback)
-    assert len([warning for warning in caught if "Fidelity" in str(warning.message)]) == 1
-    assert first == second == validate(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        assert "fidelity/sqnr" in validate(model, ptq(), callback)  # and goes on when it is quantized
+        warnings.filterwarnings("error", message="Fidelity")
+        assert validate(model, callback) == first == validate(model)
+        assert "fidelity/sqnr" in validate(model, ptq(), callback)  # and goes on when the model is quantized
 
 
 def test_several_dataloaders_are_compared_apart():
@@ -314,12 +344,13 @@ def test_two_processes_are_one(samples):
             return DataLoader(torch.utils.data.Subset(self.val, torch.cat(batches).tolist()), self.batch_size)
 
     model = TinyTransformer()
-    validate(model, ptq())
+    validate(model, ptq(bits=2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about forking, and about validating on more than one device
         one = validate(model, Fidelity(), data=Data(samples=samples))
         two = validate(
             model, Fidelity(), data=Data(samples=samples), strategy="ddp_fork", devices=2, use_distributed_sampler=False
         )
+    assert one["fidelity/negative_flips"] > 0
     for name in NAMES:
         assert two[f"fidelity/{name}"] == pytest.approx(one[f"fidelity/{name}"], rel=1e-12)

@@ -315,14 +315,23 @@ class WithBatchNorm(TinyTransformer):
 
 def tensors(model):
     """All parameters and buffers but the state of quantizers."""
-    return {name: value for name, value in facts(model)["values"].items() if "quantizer" not in name and "folded" not in name}
+    return {
+        name: value
+        for name, value in facts(model)["values"].items()
+        if "quantizer" not in name and "folded" not in name
+    }
 
 
 def test_8540_nothing_moves_in_validate_test_and_predict(method):
     model, run = WithBatchNorm().train(), trainer(method())
     before = tensors(model)
     run.validate(model, datamodule=Sequences(), verbose=False)
-    folds = {f"blocks.{i}.{name}.{p}" for i in (0, 1) for name in ("norm1", "norm2", "qkv", "fc1") for p in ("weight", "bias")}
+    folds = {
+        f"blocks.{i}.{name}.{p}"
+        for i in (0, 1)
+        for name in ("norm1", "norm2", "qkv", "fc1")
+        for p in ("weight", "bias")
+    }
     moved = {name for name, value in tensors(model).items() if value != before[name]}
     assert moved == (folds if "RepQ" in type(run.callbacks[0]).__name__ else set())
     assert model.batch_norm.num_batches_tracked == 0 and model.batch_norm.training
@@ -339,7 +348,9 @@ def test_8540_nothing_moves_in_validate_test_and_predict(method):
 def test_8540_the_sanity_check_and_the_validation_in_fit_calibrate_nothing(method):
     model = WithBatchNorm()
     with left_as_it_was(model):
-        trainer(method(), limit_train_batches=0, max_epochs=1, num_sanity_val_steps=2).fit(model, datamodule=Sequences())
+        trainer(method(), limit_train_batches=0, max_epochs=1, num_sanity_val_steps=2).fit(
+            model, datamodule=Sequences()
+        )
 
 
 def test_8540_a_fit_of_a_calibrated_model_moves_no_scale(method):

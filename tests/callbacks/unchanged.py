@@ -28,11 +28,15 @@ def facts(model):
         "attributes": {name: set(vars(module)) - OF_THE_RUN for name, module in modules.items()},
         "parameters": {name: id(parameter) for name, parameter in parameters.items()},
         "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()},
-        "inference tensors": [name for name, tensor in [*parameters.items(), *model.named_buffers()] if tensor.is_inference()],
+        "inference tensors": [
+            name for name, tensor in [*parameters.items(), *model.named_buffers()] if tensor.is_inference()
+        ],
         "values": {name: bits(tensor) for name, tensor in [*parameters.items(), *model.named_buffers()]},
         "gradients": {name: None if p.grad is None else bits(p.grad) for name, p in parameters.items()},
         "state dict": list(model.state_dict()),
-        "hooks": {name: {kind: list(vars(module)[kind].values()) for kind in HOOKS} for name, module in modules.items()},
+        "hooks": {
+            name: {kind: list(vars(module)[kind].values()) for kind in HOOKS} for name, module in modules.items()
+        },
         "record": vars(model).get("_lightning_quant"),
         "training": {name: module.training for name, module in modules.items()},
         "held": [modules, parameters],  # or an id could be given to something new

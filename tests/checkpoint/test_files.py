@@ -93,9 +93,10 @@ def perceptron():
 
 def conv_net():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 3),
-    )  # fmt: skip
+        *(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 3)),
+    )
 
 
 def gpt2_layers():
@@ -157,7 +158,9 @@ def same_after_reload(model, make, x, folder, dtype=None):
 @pytest.mark.parametrize("weights", FORMATS)
 def test_every_weight_format(weights, activations, tmp_path):
     model = quantized(perceptron, floats, PostTrainingQuantization(weights, activations))
-    assert all(not layer.weight_quantizer.scheme.dynamic for layer in model.modules() if isinstance(layer, QuantizedLayer))
+    assert all(
+        not layer.weight_quantizer.scheme.dynamic for layer in model.modules() if isinstance(layer, QuantizedLayer)
+    )
     same_after_reload(model, perceptron, floats, tmp_path)
 
 
@@ -271,19 +274,17 @@ def test_size_of_the_file(weights, share, tmp_path):
 
 
 def test_size_of_deit_tiny(assets, tmp_path):
-    """5.7 million weights: 22.9 MB as float32, 3.1 MB with 4 bits."""
+    """5.7 million weights take 22.9 MB as float32 and 3.3 MB with 4 bits: biases, norms and scales are the 2 %."""
     from tests.real import deit_tiny, imagenet
 
     model = deit_tiny()
     save_file(model.net.state_dict(), tmp_path / "float.safetensors")
     x = imagenet("calibration")[0][:2]
-    callback = RepQViT("int4", "int4", calibration_loader=[x], calibration_samples=2)
-    trainer(callback, limit_val_batches=1).validate(
-        model, DataLoader([(x[0], torch.tensor(0))], batch_size=1), verbose=False
-    )
+    callback = RepQViT("int4", "int4", calibration_loader=[(x, torch.zeros(2))], calibration_samples=2)
+    trainer(callback, limit_val_batches=1).validate(model, DataLoader([(x[0], 0)], batch_size=1), verbose=False)
     save_quantized(model, tmp_path)
     ratio = file_size(tmp_path) / (tmp_path / "float.safetensors").stat().st_size
-    assert 0.125 < ratio < 0.140
+    assert 0.140 < ratio < 0.146
     fresh = deit_tiny()
     load_quantized(fresh, tmp_path)
     with torch.no_grad():
@@ -325,7 +326,9 @@ def target(request):
 
 
 def test_a_float_model_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match=r"Module is not quantized: run trainer\.validate with a quantization callback"):
+    with pytest.raises(
+        ValueError, match=r"Module is not quantized: run trainer\.validate with a quantization callback"
+    ):
         save_quantized(Module(perceptron()), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -333,7 +336,9 @@ def test_a_float_model_is_not_saved(tmp_path):
 def test_an_uncalibrated_model_is_not_saved(tmp_path):
     model = quantized(perceptron, floats, PostTrainingQuantization("int4", "int8"))
     model.net[2].input_quantizer.reset()
-    with pytest.raises(ValueError, match=r"`net\.2\.input_quantizer` is not calibrated: run .* PostTrainingQuantization"):
+    with pytest.raises(
+        ValueError, match=r"`net\.2\.input_quantizer` is not calibrated: run .* PostTrainingQuantization"
+    ):
         save_quantized(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -389,8 +394,11 @@ def weight_normed():
     ("make", "match"),
     [
         (other_depth, r"names a layer `net\.4`, which Module does not have"),
-        (lambda: nn.Sequential(*[nn.LayerNorm(16)] * 5), r"quantizes `net\.0`, but here it is a LayerNorm"),
-        (weight_normed, r"quantizes `net\.0`, but here its weight is parametrized"),
+        (
+            lambda: nn.Sequential(*(nn.LayerNorm(16) for _ in range(5))),
+            r"quantizes `net\.0`, but here it is a LayerNorm",
+        ),
+        (weight_normed, r"quantizes `net\.0`, but here it is a ParametrizedLinear"),
         (other_width, r"net\.0\.weight"),
         (one_more, r"net\.5\.weight"),
     ],
@@ -413,8 +421,16 @@ def test_a_folder_of_another_model_into_a_quantized_one(folder):
 
 
 @pytest.mark.parametrize(
-    "lost", ["net.0.weight.codes", "net.0.weight_quantizer.scale", "net.0.weight_quantizer", "net.2.input_quantizer", "net.2.bias", "net.4.folded"]
-)  # fmt: skip
+    "lost",
+    [
+        "net.0.weight.codes",
+        "net.0.weight_quantizer.scale",
+        "net.0.weight_quantizer",
+        "net.2.input_quantizer",
+        "net.2.bias",
+        "net.4.folded",
+    ],
+)
 def test_tensors_missing_in_the_folder(lost, folder, target):
     description = json.loads((folder / "quantization.json").read_text())
     stored = {key: value for key, value in load_file(folder / "model.safetensors").items() if not key.startswith(lost)}

@@ -26,7 +26,12 @@ def all_cores(assets):
 def top1(callback=None, draw=0):
     import lightning as L
 
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = L.Trainer(accelerator="cpu", callbacks=[callback] if callback else [], **quiet)
     return 100 * trainer.validate(deit_tiny(), datamodule=ImageNetData(draw), verbose=False)[0]["top1"]
 
@@ -77,6 +82,9 @@ def test_each_part_of_repq_vit_helps(capsys, monkeypatch):
     without_log = RepQViT(weights="int4", activations="int4")
     without_log.formats.probabilities = str(Scheme.parse("int4_asym_tensor"))
     without_logarithm = top1(without_log)
-    show(capsys, f"RepQViT W4A4 {whole:.1f}; without folding {without_norms:.1f}; without the logarithm {without_logarithm:.1f}")
+    show(
+        capsys,
+        f"RepQViT W4A4 {whole:.1f}; without folding {without_norms:.1f}; without the logarithm {without_logarithm:.1f}",
+    )
     assert whole > without_norms + 1.0
     assert whole > without_logarithm + 1.0

@@ -39,7 +39,9 @@ def batches(folder, file, count):
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with gzip.open(file, "rt") as lines:
-        sentences = [line.strip() for line in lines if len(line.split()) > 8 and not line.strip().startswith("=")][:count]
+        sentences = [line.strip() for line in lines if len(line.split()) > 8 and not line.strip().startswith("=")][
+            :count
+        ]
     settings = {"padding": "max_length", "truncation": True, "max_length": 64, "return_tensors": "pt"}
     encoded = [tokenizer(sentences[i : i + 20], **settings) for i in range(0, count, 20)]
     return DataLoader([{key: e[key] for key in ("input_ids", "attention_mask")} for e in encoded], batch_size=None)
@@ -50,13 +52,22 @@ def test_minilm_w8a8(assets, capsys):
     model = SentenceEncoder(folder)
     test = batches(folder, assets / "text" / "wikitext2_test.txt.gz", 200)
     calibration = batches(folder, assets / "text" / "wikitext2_valid.txt.gz", 60)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = L.Trainer(
-        accelerator="cpu", callbacks=[PostTrainingQuantization(calibration_loader=calibration, calibration_samples=60)], **quiet
+        accelerator="cpu",
+        callbacks=[PostTrainingQuantization(calibration_loader=calibration, calibration_samples=60)],
+        **quiet,
     )
     exact = torch.cat(L.Trainer(accelerator="cpu", **quiet).predict(model, test))
     trainer.validate(model, test, verbose=False)
     cosine = torch.cosine_similarity(exact, torch.cat(trainer.predict(model, test)))
     with capsys.disabled():
-        print(f"\n  MiniLM W8A8: cosine to the float embeddings {cosine.mean():.4f} on average, {cosine.min():.4f} at least")
+        print(
+            f"\n  MiniLM W8A8: cosine to the float embeddings {cosine.mean():.4f} on average, {cosine.min():.4f} at least"
+        )
     assert len(cosine) == 200 and cosine.mean() >= 0.99

@@ -37,3 +37,9 @@ def test_zeros_agree_with_zeros_alone():
 
 def test_a_vector_is_a_batch_of_numbers():
     assert cosine_fidelity(torch.tensor([1.0, -2.0, 3.0, 4.0]), torch.ones(4)) == 0.5
+
+
+def test_equal_samples_have_a_cosine_of_exactly_one():
+    x = torch.randn(200, 3)
+    # the root of each energy alone would miss it by a rounding now and then
+    assert all(cosine_fidelity(sample, sample) == 1 for sample in x.split(1))

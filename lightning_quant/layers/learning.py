@@ -1,0 +1,70 @@
+"""Let the scales of a quantized model be learned, and let them rest again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_quant.layers.plan import Plan
+from lightning_quant.quantizers import LearnedQuantizer, Quantizer, UniformQuantizer
+
+
+def learn_scales(model: nn.Module, plan: Plan, offsets: bool = False) -> None:
+    """Put learned quantizers, with the same state, in the place of a plan's static uniform ones.
+
+    Dynamic formats have no scale to learn; float and logarithmic ones keep theirs.
+
+    Args:
+        model: a calibrated model.
+        plan: what was done to it.
+        offsets: whether the zero points of asymmetric activations are learned too. Those of weights are not: they
+            have to be integers for the weights to have codes.
+
+    >>> from lightning_quant.layers import LayerPlan
+    >>> net = nn.Sequential(nn.Linear(4, 2))
+    >>> plan = Plan("Demo", {}, layers={"0": LayerPlan("int8_sym_channel", None)})
+    >>> plan.apply(net)
+    >>> net[0].weight_quantizer.fit(net[0].weight)
+    >>> learn_scales(net, plan)
+    >>> [name for name, _ in net.named_parameters()]
+    ['0.weight', '0.bias', '0.weight_quantizer.scale']
+    >>> settle_scales(net, plan)
+    >>> [name for name, _ in net.named_parameters()]
+    ['0.weight', '0.bias']
+    """
+    for name, quantizer in plan.quantizers(model).items():
+        if type(quantizer) is UniformQuantizer and not quantizer.scheme.dynamic:
+            offset = offsets and quantizer.axis != 0 and not quantizer.scheme.symmetric
+            _replace(model, name, LearnedQuantizer.of(quantizer, offset))
+
+
+def settle_scales(model: nn.Module, plan: Plan) -> None:
+    """Put plain quantizers, with the same state, in the place of learned ones."""
+    for name, quantizer in learned_quantizers(model, plan).items():
+        _replace(model, name, quantizer.settled())
+
+
+def learned_quantizers(model: nn.Module, plan: Plan) -> dict[str, LearnedQuantizer]:
+    """The learned quantizers of a plan, by full name."""
+    return {name: q for name, q in plan.quantizers(model).items() if isinstance(q, LearnedQuantizer)}
+
+
+def learned_parameters(model: nn.Module, plan: Plan) -> dict[str, tuple[nn.Parameter, nn.Parameter | None]]:
+    """The learned scales and zero points by full name, each with a weight that it is trained together with.
+
+    That is the nearest Parameter above it in the tree of modules, if there is one.
+    """
+    learned = learned_quantizers(model, plan)
+    own = {id(parameter) for quantizer in learned.values() for parameter in quantizer.parameters()}
+    found = {}
+    for name, quantizer in learned.items():
+        weight, owner = None, name
+        while weight is None and owner:
+            owner = owner.rpartition(".")[0]
+            weight = next((p for p in model.get_submodule(owner).parameters() if id(p) not in own), None)
+        found |= {f"{name}.{key}": (parameter, weight) for key, parameter in quantizer.named_parameters()}
+    return found
+
+
+def _replace(model: nn.Module, name: str, quantizer: Quantizer) -> None:
+    owner, _, child = name.rpartition(".")
+    model.get_submodule(owner).add_module(child, quantizer)
