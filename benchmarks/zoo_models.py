@@ -83,7 +83,7 @@ def awaken(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, layers) or type(child).__name__ == "Conv1D":
             fan_in = child.weight[0].numel() if isinstance(child, layers) else len(child.weight)
-            if child.weight.std() * fan_in**0.5 < 0.5:
+            if child.weight.std() * fan_in**0.5 < 0.24:
                 nn.init.normal_(child.weight, std=fan_in**-0.5)
     for name, parameter in module.named_parameters():
         if parameter.dim() == 1 and (parameter == parameter[0]).all():
@@ -104,7 +104,7 @@ def settle_batch_norms(module: nn.Module, batch: Any) -> None:
     def settle(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]  # (B, C, ...)
         norm.running_mean.zero_()
-        norm.running_var.copy_(x.square().transpose(0, 1).flatten(1).mean(1))
+        norm.running_var.fill_(x.square().mean())
 
     norms = [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
     handles = [norm.register_forward_pre_hook(settle) for norm in norms]

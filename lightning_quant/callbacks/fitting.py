@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_quant.calibration import CalibrationBatches, check_feedable
+from lightning_quant.callbacks.averages import AVERAGING
 from lightning_quant.checkpoint import record_of
 from lightning_quant.modules import CalibrationMixin
 from lightning_quant.quantizers import UniformQuantizer
@@ -32,7 +33,7 @@ def check_fit(
     Raises:
         ValueError: for a sharded strategy; for processes started by spawning or forking, whose main process cannot
             take the trained model over without a :class:`~lightning_quant.CalibrationMixin`; for an average of
-            weights that is copied before there are scales; for epochs that there are not.
+            weights that is copied before there are scales, or that averages buffers; for epochs that there are not.
     """
     name, model, strategy = type(callback).__name__, type(pl_module).__name__, trainer.strategy
     if strategy.restore_checkpoint_after_setup:
@@ -45,11 +46,17 @@ def check_fit(
             f"processes started by {started} hand the trained model back by its state dict, and {model} cannot load a "
             f"quantized one: put CalibrationMixin before LightningModule in its bases, or use strategy='ddp'"
         )
-    for earlier in trainer.callbacks[: trainer.callbacks.index(callback)]:
-        if isinstance(earlier, (WeightAveraging, StochasticWeightAveraging)):
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for position, other in enumerate(callbacks):
+        if isinstance(other, AVERAGING) and position < callbacks.index(callback):
             raise ValueError(
-                f"{type(earlier).__name__} copies the model before {name} has made the scales: "
+                f"{type(other).__name__} copies the model before {name} has made the scales: "
                 f"put {name} before it in the Trainer's callbacks"
+            )
+        if isinstance(other, AVERAGING) and getattr(other, "_use_buffers", False):
+            raise ValueError(
+                f"{type(other).__name__} would average integer zero points: pass use_buffers=False to it (the scales "
+                f"are Parameters and are averaged all the same)"
             )
     endless = trainer.max_epochs in (None, -1)
     if not endless and delay_epochs >= (trainer.max_epochs or 0):
@@ -84,22 +91,25 @@ def check_resumed(pl_module: LightningModule, key: str, learned: bool) -> None:
             )
 
 
-def copies(trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
-    """The copies of a quantized model that other callbacks keep, such as averages of its weights."""
-    for callback in trainer.callbacks:
-        for value in vars(callback).values():
-            for module in value.modules() if isinstance(value, nn.Module) else ():
-                if module is not pl_module and record_of(module) is not None:
-                    yield module
+def first_look(trainer: Trainer, pl_module: LightningModule, loader: Any, samples: int) -> Any:
+    """In ``setup``, let the model exist on its device, and draw one batch to run through it, the same on every rank.
 
+    In ``setup`` Lightning has neither built late layers nor moved or converted the model, but ``pl_module.device``
+    tells the device already, and batches come in the precision of the run.
 
-def like_parameters(batch: Any, module: nn.Module) -> Any:
-    """A batch on the device and in the float type of a model that Lightning has not converted yet.
-
-    >>> like_parameters([torch.ones(2, dtype=torch.bfloat16), torch.tensor(3)], nn.Linear(2, 2))
-    [tensor([1., 1.]), tensor(3)]
+    Args:
+        trainer: the Trainer of the run.
+        pl_module: the model.
+        loader: where the batch comes from; see :class:`~lightning_quant.calibration.CalibrationBatches`.
+        samples: how many samples it has.
     """
-    one = next(module.parameters())
+    if is_overridden("configure_model", pl_module):
+        pl_module.configure_model()
+    check_feedable(pl_module)
+    trainer.strategy.model_to_device()
+    batches = list(CalibrationBatches(trainer, pl_module, loader, samples))
+    batch = trainer.strategy.broadcast(batches[0] if batches else None)
+    one = next(pl_module.parameters())
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return apply_to_collection(batch, Tensor, lambda x: x.to(one.device, one.dtype if x.dtype in floats else x.dtype))
 
@@ -111,7 +121,7 @@ def freeze_batchnorm(module: nn.Module) -> list[nn.Module]:
     >>> len(freeze_batchnorm(net)), net[1].training, len(freeze_batchnorm(net))
     (1, False, 0)
     """
-    moving = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.training]
+    moving: list[nn.Module] = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.training]
     for child in moving:
         child.eval()
     return moving

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from lightning_quant.graph import AttentionCalls, ModelGraph, Selection, matching
+from lightning_quant.graph import AttentionCalls, ModelGraph, Selection, attention_name, matching
 from lightning_quant.layers import AttentionPlan, LayerPlan, Plan
 from lightning_quant.quantizers import Scheme, build_quantizer
 
 Defaults = dict[str, Any]
+
+
+def parse_format(text: str, argument: str) -> Scheme:
+    """The format in a string; an error names the argument that the string was given for."""
+    with _named(argument):
+        return Scheme.parse(text)
 
 
 def weight_scheme(text: str, defaults: Defaults, argument: str = "weights") -> Scheme:
@@ -23,12 +31,13 @@ def weight_scheme(text: str, defaults: Defaults, argument: str = "weights") -> S
     >>> str(weight_scheme("int4", {"symmetric": True, "granularity": "channel"}))
     'int4_sym_channel'
     """
-    scheme = Scheme.parse(text).resolve(**defaults)
+    scheme = parse_format(text, argument).resolve(**defaults)
     if scheme.kind == "log" or scheme.dynamic or scheme.granularity == "token":
         raise ValueError(
             f"{argument}={text!r}: weights have a static uniform or float format, like 'int4' or 'fp8_e4m3'"
         )
-    build_quantizer(scheme, axis=0)  # refuses what it cannot hold
+    with _named(argument):
+        build_quantizer(scheme, axis=0)  # refuses what it cannot hold
     return scheme
 
 
@@ -41,13 +50,22 @@ def activation_scheme(text: str, defaults: Defaults, argument: str = "activation
     >>> str(activation_scheme("int8", {"symmetric": False, "granularity": "tensor"}))
     'int8_asym_tensor'
     """
-    scheme = Scheme.parse(text).resolve(**defaults)
+    scheme = parse_format(text, argument).resolve(**defaults)
     if scheme.kind == "log":
         raise ValueError(
             f"{argument}={text!r}: a logarithmic format holds no negative numbers; take another, like 'int8'"
         )
-    build_quantizer(scheme, axis=-1)
+    with _named(argument):
+        build_quantizer(scheme, axis=-1)
     return scheme
+
+
+@contextmanager
+def _named(argument: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
 
 
 @dataclass
@@ -78,11 +96,19 @@ class Formats:
         if self.weights is None and self.activations is None:
             raise ValueError("weights and activations are both None: nothing would be quantized")
         self.layer_plan(self.weights, self.activations)
-        for argument, text in {"first_last": self.first_last, "embeddings": self.embeddings, **self.overrides}.items():
-            if text is not None:
-                self.same_for_both(
-                    text, argument if argument in ("first_last", "embeddings") else f"overrides[{argument!r}]"
+        if self.embeddings is not None:
+            if self.weights is None:
+                raise ValueError(
+                    f"embeddings={self.embeddings!r}, but weights are None: a table has nothing but weights"
                 )
+            weight_scheme(self.embeddings, self.weight_defaults, "embeddings")
+        others = {
+            "first_last": self.first_last,
+            **{f"overrides[{key!r}]": text for key, text in self.overrides.items()},
+        }
+        for argument, text in others.items():
+            if text is not None:
+                self.same_for_both(text, argument)
 
     def layer_plan(self, weights: str | None, activations: str | None) -> LayerPlan:
         """The exact formats of one layer."""
@@ -126,22 +152,25 @@ class Formats:
             prefix = f"{name}." if name else ""
             site.functional = [layer.removeprefix(prefix) for layer in read if layer.startswith(prefix)]
         for pattern, text in self.overrides.items():
-            for name in matching([*plan.layers, *plan.attention], pattern, "overrides"):
-                self._override(plan, name, text)
+            self._override(plan, pattern, text)
         return plan
 
     def _plan_embedding(self, plan: Plan, name: str) -> None:
-        if self.embeddings is None or self.weights is None:
+        if self.embeddings is None:
             del plan.layers[name]
             plan.skipped[name] = "embeddings stay float; set embeddings="
         else:
             plan.layers[name] = LayerPlan(str(weight_scheme(self.embeddings, self.weight_defaults, "embeddings")), None)
 
-    def _override(self, plan: Plan, name: str, text: str) -> None:
-        if name in plan.layers:
-            plan.layers[name] = self.same_for_both(text, "overrides")
-        if name in plan.attention and plan.attention[name].query is not None:
-            site = plan.attention[name]
-            operand = str(activation_scheme(text, self.activation_defaults))
-            probabilities = site.probabilities if self.probabilities else operand
-            plan.attention[name] = replace(site, query=operand, key=operand, value=operand, probabilities=probabilities)
+    def _override(self, plan: Plan, pattern: str, text: str) -> None:
+        sites = {attention_name(name): name for name, site in plan.attention.items() if site.query is not None}
+        for name in matching([*plan.layers, *sites], pattern, "overrides"):
+            if name in plan.layers:
+                plan.layers[name] = self.same_for_both(text, "overrides")
+            else:
+                site = plan.attention[sites[name]]
+                operand = str(activation_scheme(text, self.activation_defaults))
+                probabilities = site.probabilities if self.probabilities else operand
+                plan.attention[sites[name]] = replace(
+                    site, query=operand, key=operand, value=operand, probabilities=probabilities
+                )

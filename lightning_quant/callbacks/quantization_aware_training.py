@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_quant.calibration import CalibrationBatches, check_feedable, feed, undisturbed
-from lightning_quant.callbacks.fitting import check_fit, check_resumed, copies, freeze_batchnorm, like_parameters
+from lightning_quant.calibration import CalibrationBatches, feed, undisturbed
+from lightning_quant.callbacks.averages import averaged_copies
+from lightning_quant.callbacks.fitting import check_fit, check_resumed, first_look, freeze_batchnorm
 from lightning_quant.callbacks.param_groups import group_scales
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.checkpoint import attach_record, record_of
@@ -22,45 +22,46 @@ from lightning_quant.quantizers import LearnedQuantizer, RangeRule, Scheme
 
 
 class QuantizationAwareTraining(PostTrainingQuantization):
-    r"""Trains a model as it computes when quantized: rounded forward, and backward as if nothing were rounded.
+    r"""Trains a model as it computes when quantized: rounded forward, and backward as if nothing had been rounded.
 
     .. math::
         \hat x = s \, (\text{clamp}(\lfloor x / s \rceil + z, \, q_{min}, \, q_{max}) - z), \qquad
-        \frac{\partial \hat x}{\partial x} = \mathbf 1[q_{min} \le x / s + z \le q_{max}]
+        \frac{\partial \hat x}{\partial s} = g \cdot \begin{cases}
+            \lfloor x / s \rceil - x / s & \text{inside the range} \\
+            q_{min} - z, \; q_{max} - z & \text{below, above}
+        \end{cases}
 
-    and the scale :math:`s` is a Parameter, trained with the gradient
-    :math:`\lfloor x / s \rceil - x / s` inside the range and :math:`q_{min} - z` or :math:`q_{max} - z` outside, times
-    :math:`g = 1 / \sqrt{N q_{max}}`, where :math:`N` elements (of one sample) share the scale.
+    where the scale :math:`s` is a Parameter and :math:`g = 1 / \sqrt{N q_{max}}` for :math:`N` elements (of one sample)
+    that share it; the gradient of :math:`x` is that of the output inside the range and 0 outside.
 
-    ``trainer.fit`` starts from what :class:`PostTrainingQuantization` would find, so the model should be a trained
-    one, loaded before; ``trainer.validate`` before the fit reports just that start. Fit's own validation reports the
-    quantized model. The float weights stay in the model and in its checkpoints; afterwards it is a quantized model
-    like any other, and :func:`~lightning_quant.save_quantized` packs its codes.
+    ``trainer.fit`` starts from the ranges that :class:`PostTrainingQuantization` finds, so the weights should be
+    trained ones, loaded before; ``trainer.validate`` before the fit reports that start. Fit's own validation reports
+    the quantized model. Afterwards it is a quantized model like any other, with its float weights behind the codes
+    that :func:`~lightning_quant.save_quantized` packs.
 
     A scale trains in the optimizer that trains its layer, without weight decay. With Adam, whose steps do not depend on
-    the size of a gradient, ``scale_lr`` should be well below the scales themselves. List this callback before
-    ``WeightAveraging`` or ``StochasticWeightAveraging``.
+    the size of a gradient, ``scale_lr`` should be well below the scales themselves. Averages of weights
+    (``WeightAveraging(use_buffers=False)``, ``StochasticWeightAveraging``) come after this callback in the list.
 
-    References: Esser et al., *Learned Step Size Quantization*, ICLR 2020; Bhalgat et al., *LSQ+*, CVPR Workshops 2020.
+    References: Esser et al., *Learned Step Size Quantization*, ICLR 2020; Bhalgat et al., *LSQ+: Improving Low-Bit
+    Quantization through Learnable Offsets and Better Initialization*, CVPR Workshops 2020.
 
     Args:
         weights: format of the weights, ``None`` for float.
-        activations: format of the layers' inputs and of the attention operands, ``None`` for float.
+        activations: format of the layers' inputs and of the attention operands, ``None`` for weight-only quantization.
         ranges: how the ranges are found that training starts from; see :class:`PostTrainingQuantization`.
         attention: whether q, k, v and the attention probabilities are quantized.
-        first_last: format of the first and the last layer, ``None`` for no exemption. Eight bits there cost little and
-            matter most at low bits.
+        first_last: format of the first and the last layer, which suffer most at low bits and cost little; ``None`` for
+            no exemption.
         embeddings: format of embedding tables, ``None`` leaves them float.
-        learn_scales: whether scales are trained (of static ``intN`` formats); else they stay what the search found.
+        learn_scales: whether the scales of static ``intN`` formats are trained; others stay as the search found them.
         learn_offsets: whether the zero points of asymmetric activations are trained as well (LSQ+).
         scale_lr: learning rate of scales and zero points; ``None``: that of their layer.
         delay_epochs: how many epochs train in float first.
         freeze_batchnorm_epochs: in how many last epochs BatchNorm statistics stand still.
-        target: name of the submodule to quantize; default: every layer that runs.
-        skip: name patterns of layers that stay float.
         overrides: format of single layers by name pattern, ``{"blocks.0.*": "int8"}``, for weights and inputs.
-        calibration_samples: how many samples (not batches) are searched for the ranges to start from.
-        calibration_loader: where they come from; see :class:`~lightning_quant.callbacks.base.QuantizationCallback`.
+        target, skip, calibration_samples, calibration_loader: see
+            :class:`~lightning_quant.callbacks.base.QuantizationCallback`.
 
     Raises:
         ValueError: for an unknown format, rule or pattern, a strategy that shards parameters, a checkpoint of a float
@@ -84,39 +85,26 @@ class QuantizationAwareTraining(PostTrainingQuantization):
         scale_lr: float | None = None,
         delay_epochs: int = 0,
         freeze_batchnorm_epochs: int = 0,
+        overrides: Mapping[str, str] | None = None,
         target: str | None = None,
         skip: Sequence[str] = (),
-        overrides: Mapping[str, str] | None = None,
         calibration_samples: int = 32,
         calibration_loader: Literal["auto", "train", "val"] | Iterable[Any] | Callable[[], Iterable[Any]] = "auto",
     ) -> None:
-        common = {"target": target, "skip": skip, "calibration_samples": calibration_samples}
+        places = {"target": target, "skip": skip}
+        batches = {"calibration_samples": calibration_samples, "calibration_loader": calibration_loader}
         super().__init__(
-            weights,
-            activations,
-            ranges,
-            attention,
-            first_last,
-            embeddings,
-            overrides,
-            **common,
-            calibration_loader=calibration_loader,
+            weights, activations, ranges, attention, first_last, embeddings, overrides, **places, **batches
         )
         if learn_offsets and not learn_scales:
             raise ValueError("learn_offsets=True needs learn_scales=True")
         if delay_epochs < 0 or freeze_batchnorm_epochs < 0:
-            raise ValueError(
-                f"delay_epochs and freeze_batchnorm_epochs are numbers of epochs, "
-                f"found {delay_epochs} and {freeze_batchnorm_epochs}"
-            )
+            raise ValueError("delay_epochs and freeze_batchnorm_epochs are numbers of epochs, 0 or more")
         for text in [activations, first_last, *self.formats.overrides.values()] if delay_epochs else []:
             if text is not None and Scheme.parse(text).dynamic:
                 raise ValueError(f"{text!r} is dynamic and would not wait for delay_epochs; use a static format")
-        self.learn_scales = learn_scales
-        self.learn_offsets = learn_offsets
-        self.scale_lr = scale_lr
-        self.delay_epochs = delay_epochs
-        self.freeze_batchnorm_epochs = freeze_batchnorm_epochs
+        self.learn_scales, self.learn_offsets, self.scale_lr = learn_scales, learn_offsets, scale_lr
+        self.delay_epochs, self.freeze_batchnorm_epochs = delay_epochs, freeze_batchnorm_epochs
         self.epochs = -1
         self.learned: list[LearnedQuantizer] = []
         self.frozen: list[nn.Module] = []  # BatchNorm layers whose statistics stand still
@@ -135,12 +123,14 @@ class QuantizationAwareTraining(PostTrainingQuantization):
             return
         check_fit(trainer, pl_module, self, self.delay_epochs, self.freeze_batchnorm_epochs)
         self.epochs = trainer.max_epochs or -1  # the Trainer's own grows when StochasticWeightAveraging starts
-        if is_overridden("configure_model", pl_module):
-            pl_module.configure_model()
         known = self.is_calibrated(pl_module)
         if not known:
             self._forget(pl_module)
-            self._build(trainer, pl_module)
+            try:
+                self._build(trainer, pl_module)
+            except AttributeError as error:
+                error.add_note("This runs before LightningModule.setup: build layers in __init__ or configure_model")
+                raise
         plan = self._plan(pl_module)
         if self.learn_scales:
             learn_scales(pl_module, plan, self.learn_offsets)
@@ -182,21 +172,10 @@ class QuantizationAwareTraining(PostTrainingQuantization):
 
     def _build(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The quantized structure, calibrated on two samples, the same ones on every rank."""
-        check_feedable(pl_module)
-        trainer.strategy.model_to_device()  # a moment early: in setup, pl_module.device says so already
         run = partial(feed, None, pl_module)
         with undisturbed(pl_module), torch.compiler.set_stance("force_eager"):
-            samples = min(2, self.calibration_samples)
-            batches = list(CalibrationBatches(trainer, pl_module, self.calibration_loader, samples))
-            batch = like_parameters(trainer.strategy.broadcast(batches[0] if batches else None), pl_module)
-            try:
-                graph = trace(pl_module, partial(run, batch))
-            except Exception as error:
-                error.add_note(
-                    "The model runs before LightningModule.setup: build layers in __init__ or configure_model"
-                )
-                raise
-            plan = self.plan_for(pl_module, graph)
+            batch = first_look(trainer, pl_module, self.calibration_loader, min(2, self.calibration_samples))
+            plan = self.plan_for(pl_module, trace(pl_module, partial(run, batch)))
             with self.applied(pl_module, plan):
                 self.find_ranges(pl_module, plan, [batch], run, RangeRule.parse("minmax"))
 
@@ -209,7 +188,7 @@ class QuantizationAwareTraining(PostTrainingQuantization):
             batches = CalibrationBatches(trainer, pl_module, self.calibration_loader, self.calibration_samples)
             self.find_ranges(pl_module, plan, batches, run, self.rule)
         found = plan.quantizers(pl_module)
-        for copy in copies(trainer, pl_module):
+        for copy in averaged_copies(trainer):
             for name, quantizer in plan.quantizers(copy).items():
                 quantizer.load_state_dict(found[name].state_dict())
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from lightning_quant.calibration import CalibrationBatches, fitted_in_stream
 from lightning_quant.callbacks.base import QuantizationCallback
-from lightning_quant.callbacks.formats import Formats, activation_scheme
+from lightning_quant.callbacks.formats import Formats, activation_scheme, parse_format
 from lightning_quant.graph import ModelGraph, Modulation, NormPair, matches
 from lightning_quant.layers import Plan, QuantizedLayer
-from lightning_quant.quantizers import RangeRule, Scheme, UniformQuantizer
+from lightning_quant.quantizers import RangeRule, UniformQuantizer
 from lightning_quant.transforms import fold_pair, per_tensor, unfolded_on_failure
 
 
@@ -174,7 +174,7 @@ class RepQViT(QuantizationCallback):
 
 def _bits(activations: str, attention: bool) -> int:
     """The bits of the activations; refuses formats that cannot come out of the folding, or have no logarithm."""
-    scheme = Scheme.parse(activations)
+    scheme = parse_format(activations, "activations")
     if scheme.kind != "int" or scheme.dynamic or scheme.granularity not in (None, "tensor"):
         raise ValueError(
             f"activations={activations!r}: RepQViT folds scales into weights until one static integer scale per tensor "

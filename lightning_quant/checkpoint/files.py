@@ -13,7 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_quant.checkpoint.manifest import attach_record, detach_record, entry_for, read_plans, record_of
+from lightning_quant.checkpoint.manifest import (
+    attach_record,
+    detach_record,
+    entry_for,
+    read_plans,
+    rebuilt_or_as_it_was,
+    record_of,
+)
 from lightning_quant.checkpoint.packing import pack, unpack
 from lightning_quant.layers import Plan, QuantizedLayer
 from lightning_quant.quantizers import Scheme, build_quantizer
@@ -74,10 +81,11 @@ def load_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path.name} holds a float model: load it with load_state_dict or load_from_checkpoint")
     else:
         state = _read_folder(path)
-    attach_record(model)
+    record = attach_record(model)
     before = {key: value.clone() if isinstance(value, Tensor) else value for key, value in model.state_dict().items()}
     try:
-        model.load_state_dict(state)
+        with rebuilt_or_as_it_was(model, record):
+            model.load_state_dict(state)
     except Exception:
         model.load_state_dict(before)  # torch complains of missing keys after it has loaded all others
         raise

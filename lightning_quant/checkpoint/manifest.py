@@ -11,13 +11,15 @@ record first brings the structure in line with the file:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.layers import Plan
+from lightning_quant.layers import Plan, structure_kept
 
 _ENTRY = "lightning_quant: "
 _ATTRIBUTE = "_lightning_quant"
@@ -100,8 +102,7 @@ def _bring_in_line(model: nn.Module, state_dict: dict[str, Any], prefix: str, *r
         return
     plans = read_plans(state_dict, prefix)
     _refuse_another_plan(plans, record.expected)
-    before, expected = model.state_dict(), record.expected
-    try:
+    with rebuilt_or_as_it_was(model, record):
         if _structure(plans) != _structure(record.plans):  # one that stands is kept: an optimizer may hold its scales
             make_float(model, record)
             for plan in plans.values():
@@ -110,13 +111,20 @@ def _bring_in_line(model: nn.Module, state_dict: dict[str, Any], prefix: str, *r
                 plan.apply(model)
                 record.plans[key] = plan
         _refuse_other_tensors(model, plans, state_dict, prefix)
-    except ValueError:
-        record.expected = {}  # what it was before is not to be refused
-        nn.Module.load_state_dict(model, before)
-        record.expected = expected
-        raise
     for key in [key for key in state_dict if key.startswith(prefix + _ENTRY)]:
         del state_dict[key]
+
+
+@contextmanager
+def rebuilt_or_as_it_was(model: nn.Module, record: Record) -> Iterator[None]:
+    """Give a model its structure and plans back if rebuilding it fails."""
+    plans = dict(record.plans)
+    with structure_kept(model):
+        try:
+            yield
+        except BaseException:
+            record.plans = plans
+            raise
 
 
 def _structure(plans: dict[str, Plan]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from lightning_quant.graph.attention import AttentionCalls
 from lightning_quant.graph.costs import Cost
 from lightning_quant.graph.norms import Modulation, NormPair, Rows
-from lightning_quant.graph.patterns import matches, matching
+from lightning_quant.graph.patterns import attention_name, matches, matching
 from lightning_quant.graph.select import Selection, select
 from lightning_quant.graph.trace import ModelGraph, trace
 
@@ -15,6 +15,7 @@ __all__ = [
     "NormPair",
     "Rows",
     "Selection",
+    "attention_name",
     "matches",
     "matching",
     "select",

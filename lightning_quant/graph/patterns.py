@@ -16,6 +16,15 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(name, form) for form in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
 
 
+def attention_name(site: str) -> str:
+    """The name by which patterns find the attention that a module computes in its own forward.
+
+    >>> matches(attention_name("blocks.0"), "blocks.0.*"), matches(attention_name("blocks.0.attn"), "attn")
+    (True, True)
+    """
+    return f"{site}.attention_quantizers".removeprefix(".")
+
+
 def matching(names: Iterable[str], pattern: str, argument: str) -> list[str]:
     """The names that match a pattern.
 

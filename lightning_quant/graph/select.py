@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_quant.graph.patterns import matches, matching
+from lightning_quant.graph.patterns import attention_name, matches, matching
 from lightning_quant.graph.trace import ModelGraph
 from lightning_quant.layers import AttentionSite, QuantizedLayer, twin_of, why_not_swappable
 
@@ -62,7 +62,7 @@ def select(
     known = [name for name in inside if twin_of(modules[name]) is not None or _looks_like_one(modules[name])]
     sites = [name for name in inside if name in graph.attention or isinstance(modules[name], nn.MultiheadAttention)]
     for pattern in skip:
-        matching({*known, *sites}, pattern, "skip")
+        matching({*known, *map(attention_name, sites)}, pattern, "skip")
 
     chosen = Selection()
     for name in known:
@@ -73,7 +73,9 @@ def select(
             chosen.skipped[name] = why
     if attention:
         chosen.attention = [
-            name for name in sites if name in ran and not any(matches(name, pattern) for pattern in skip)
+            name
+            for name in sites
+            if name in ran and not any(matches(attention_name(name), pattern) for pattern in skip)
         ]
     chosen.doors = [name for name in ran if name in inside and _passes_by(modules[name], name, graph, chosen.layers)]
     if not chosen.layers:

@@ -55,7 +55,7 @@ def learned_parameters(model: nn.Module, plan: Plan) -> dict[str, tuple[nn.Param
     """
     learned = learned_quantizers(model, plan)
     own = {id(parameter) for quantizer in learned.values() for parameter in quantizer.parameters()}
-    found = {}
+    found: dict[str, tuple[nn.Parameter, nn.Parameter | None]] = {}
     for name, quantizer in learned.items():
         weight, owner = None, name
         while weight is None and owner:

@@ -46,7 +46,7 @@ class _ScaleGradient(torch.autograd.Function):
 class LearnedQuantizer(UniformQuantizer):
     r"""Integers times a scale that is a Parameter (LSQ); with ``offset`` the zero point is one as well (LSQ+).
 
-    With :math:`v = \lfloor x / s \rceil + z` the gradients are those of the uniform grid, rounding passed straight through:
+    With :math:`v = \lfloor x / s \rceil + z`, and rounding passed straight through, the gradients are
 
     .. math::
         \frac{\partial \hat x}{\partial s} = g \cdot \begin{cases}

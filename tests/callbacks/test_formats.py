@@ -80,6 +80,7 @@ def test_a_static_scale_per_group_of_activations(argument):
 def test_embeddings_are_weights():
     """A format that only weights can have is none that their inputs, token ids, would ever get."""
     PostTrainingQuantization(embeddings="int4_g8")
+    PostTrainingQuantization(activations=None, overrides={"head": "int4_g8"}, first_last="int4_g8")
 
 
 def test_nothing_to_quantize():
@@ -88,7 +89,7 @@ def test_nothing_to_quantize():
 
 
 def test_embeddings_without_weights():
-    with pytest.raises(ValueError, match="embeddings='int8'.* weights"):
+    with pytest.raises(ValueError, match=r"embeddings='int8', but weights are None"):
         PostTrainingQuantization(weights=None, embeddings="int8")
 
 

@@ -297,7 +297,7 @@ def test_a_float_run_cannot_be_resumed_as_a_quantized_one(tmp_path):
     running = fit(Net())
     running.save_checkpoint(tmp_path / "float.ckpt")
     model = Net()
-    with pytest.raises(ValueError, match="checkpoint is of a float run.*without ckpt_path"):
+    with pytest.raises(ValueError, match=r"checkpoint is of a float run.*without ckpt_path"):
         fit(model, qat(), ckpt_path=tmp_path / "float.ckpt")
     assert not quantizers(model)
 
@@ -306,7 +306,7 @@ def test_a_run_is_not_resumed_with_other_arguments(tmp_path):
     running = fit(Net(), qat())
     running.save_checkpoint(tmp_path / "q.ckpt")
     for other in (qat("int4"), qat(learn_offsets=True)):
-        with pytest.raises(ValueError, match="another plan.*same arguments"):
+        with pytest.raises(ValueError, match=r"another plan.*same arguments"):
             fit(Net(), other, ckpt_path=tmp_path / "q.ckpt")
 
 
@@ -383,13 +383,9 @@ def scale_values(model):
     return {name: bits(q.scale) for name, q in quantizers(model).items()}
 
 
-@pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("delay_epochs", [0, 1])
-def test_beside_an_average_of_the_weights(use_buffers, delay_epochs, tmp_path):
-    def average():
-        return EMAWeightAveraging(decay=0.5, use_buffers=use_buffers)
-
-    shown = []
+def test_beside_an_average_of_the_weights(delay_epochs, tmp_path):
+    average, shown = EMAWeightAveraging(decay=0.5, use_buffers=False), []
 
     class Showing(Net):
         def validation_step(self, batch, batch_idx):
@@ -397,7 +393,7 @@ def test_beside_an_average_of_the_weights(use_buffers, delay_epochs, tmp_path):
 
     keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     model = Showing()
-    fit(model, qat(delay_epochs=delay_epochs), average(), keep, enable_checkpointing=True, num_sanity_val_steps=1)
+    fit(model, qat(delay_epochs=delay_epochs), average, keep, enable_checkpointing=True, num_sanity_val_steps=1)
     assert all(loss < 2 for loss in shown)  # a scale that is not known would give NaN
     averaged = NetWithMixin.load_from_checkpoint(tmp_path / "epoch=1.ckpt")
     assert weights_of(averaged) == weights_of(model)  # what the fit ends with is the average
@@ -425,8 +421,15 @@ def test_beside_stochastic_weight_averaging():
 
 @pytest.mark.parametrize("average", [WeightAveraging, lambda: StochasticWeightAveraging(0.01)])
 def test_an_average_must_come_later(average):
-    with refused(Net(), "put QuantizationAwareTraining before it"):
-        fit(Net(), average(), qat())
+    model = Net()
+    with refused(model, "put QuantizationAwareTraining before it"):
+        fit(model, average(), qat())
+
+
+def test_an_average_must_leave_zero_points_alone():
+    model = Net()
+    with refused(model, "pass use_buffers=False"):
+        fit(model, qat(), WeightAveraging())
 
 
 @pytest.mark.parametrize(
@@ -672,7 +675,7 @@ def test_a_model_that_another_method_has_quantized_is_refused(tmp_path):
     with refused(model, "quantized already: call remove"):
         fit(model, qat())
     running.save_checkpoint(tmp_path / "ptq.ckpt")
-    with pytest.raises(ValueError, match="quantized by PostTrainingQuantization.*float checkpoint"):
+    with pytest.raises(ValueError, match=r"quantized by PostTrainingQuantization.*float checkpoint"):
         fit(Net(), qat(), ckpt_path=tmp_path / "ptq.ckpt")
     other.remove(model)
     fit(model, qat(), epochs=1)

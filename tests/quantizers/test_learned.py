@@ -241,9 +241,9 @@ def test_a_float_state_dict_loads_strictly_and_leaves_it_uncalibrated():
     assert not layer.weight_quantizer.calibrated
     layer.load_state_dict(Layer().state_dict())
     assert layer.weight_quantizer.calibrated
+    state = Layer().state_dict()
+    del state["weight_quantizer.zero_point"]
     with pytest.raises(RuntimeError, match="zero_point"):
-        state = Layer().state_dict()
-        del state["weight_quantizer.zero_point"]
         layer.load_state_dict(state)
 
 
