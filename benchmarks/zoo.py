@@ -1,8 +1,8 @@
 """Quantize a zoo of models by one callback and write what came of it to ``docs/models.md``.
 
-``python -m benchmarks.zoo`` shows the table, ``--only NAME`` takes models whose name contains it, ``--write`` writes the
-page. Every model gets ``PostTrainingQuantization(weights="int8", activations="int8")`` and ``trainer.validate``, and
-nothing else.
+``python -m benchmarks.zoo`` shows the table, ``--only NAME`` takes models whose name contains it, ``--write`` writes
+the page. Every model gets ``PostTrainingQuantization(weights="int8", activations="int8")`` and ``trainer.validate``,
+and nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import platform
+import re
 import time
 import traceback
 import warnings
@@ -24,15 +25,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import lightning as L
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.macs import MacCounter
-from benchmarks.zoo_models import ZOO, Specimen, call
+from benchmarks.zoo_models import ZOO, Specimen
 from benchmarks.zoo_modules import first_tensor
+from benchmarks.zoo_noise import Source, sources_of_noise, sqnr
+from benchmarks.zoo_weights import call
 from lightning_quant import PostTrainingQuantization
 from lightning_quant.checkpoint import record_of
 
+GOOD_SHARE, GOOD_SQNR = 0.9, 20.0
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 
 
@@ -49,6 +54,7 @@ class Result:
             multiply quantized numbers in the quantized model.
         attention_macs: the same for the products of attention.
         sqnr: of the output, in decibels.
+        noise: where it comes from, if the output is below 20 decibels.
         float_layers: MACs of the layers that multiply float numbers, by name.
         skipped: what the callback says that it left float, and why.
         seconds: that ``validate`` took.
@@ -61,6 +67,7 @@ class Result:
     layer_macs: tuple[int, int] = (0, 0)
     attention_macs: tuple[int, int] = (0, 0)
     sqnr: float = float("nan")
+    noise: list[Source] = field(default_factory=list)
     float_layers: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -70,20 +77,20 @@ class Result:
         """The share of the layers' MACs that is quantized."""
         return self.layer_macs[1] / max(self.layer_macs[0], 1)
 
-    def left_float(self) -> str:
-        """What was left float and why: first the layers that cost something, then the rest, counted by reason."""
-        total = max(self.layer_macs[0], 1)
-        lines = [
-            f"`{name}` ({100 * macs / total:.1f} %): {self.skipped.get(name, 'the callback does not mention it')}"
-            for name, macs in self.float_layers.items()
-        ]
-        reasons: dict[str, list[str]] = {}
-        for name, why in self.skipped.items():
-            if name not in self.float_layers:
-                reasons.setdefault(why, []).append(name)
-        for why, names in reasons.items():
-            lines.append(f"{', '.join(f'`{name}`' for name in names[:2])}{', ...' * (len(names) > 2)}: {why}")
-        return "; ".join(lines)
+    def remark(self) -> str:
+        """The error, or what was left float and why; layers that differ only by a number are told together."""
+        if self.error:
+            return self.error
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name in dict.fromkeys([*self.float_layers, *self.skipped]):
+            why = self.skipped.get(name, "the callback does not mention it")
+            groups.setdefault((re.sub(r"\d+", "*", name), why), []).append(name)
+        remarks: dict[str, list[str]] = {}
+        for (pattern, why), names in groups.items():
+            share = 100 * sum(self.float_layers.get(name, 0) for name in names) / max(self.layer_macs[0], 1)
+            who = f"`{names[0] if len(names) == 1 else pattern}`"
+            remarks.setdefault(why, []).append(f"{who} ({share:.2f} %)" if share else who)
+        return "; ".join(f"{', '.join(who)}: {why}" for why, who in remarks.items())
 
 
 def quantize(name: str, specimen: Specimen) -> Result:
@@ -109,11 +116,14 @@ def quantize(name: str, specimen: Specimen) -> Result:
         result.error = located(error)
         return result
     for plan in record_of(module).plans.values():
-        result.layers, result.sites, result.skipped = len(plan.layers), len(plan.attention), plan.skipped
+        result.layers, result.skipped = len(plan.layers), plan.skipped
+        result.sites = sum(site.query is not None for site in plan.attention.values())
     result.layer_macs = counted.macs(False), recounted.macs(False, quantized=True)
     result.attention_macs = counted.macs(True), recounted.macs(True, quantized=True)
     result.float_layers = recounted.float_layers()
     result.sqnr = sqnr(exact, rounded)
+    if result.sqnr < GOOD_SQNR:
+        result.noise = sources_of_noise(module, batch, exact)
     return result
 
 
@@ -124,12 +134,6 @@ def observe(module: nn.Module, batch: Any) -> tuple[Tensor, MacCounter]:
     with MacCounter(module).counting() as counter:
         call(module, batch)
     return first_tensor(call(module, batch)), counter
-
-
-def sqnr(exact: Tensor, rounded: Tensor) -> float:
-    """Signal to quantization noise in decibels: 10 log10(sum x^2 / sum (x - y)^2)."""
-    exact, rounded = exact.double(), rounded.double()
-    return float(10 * torch.log10(exact.square().sum() / (exact - rounded).square().sum()))
 
 
 def located(error: Exception) -> str:
@@ -144,7 +148,7 @@ HEADER = ("model", "library", "weights", "layers", "linear + conv MACs", "attent
 
 def row(result: Result, specimen: Specimen) -> tuple[str, ...]:
     """The cells of one line."""
-    cells = (result.name, specimen.library, "trained" if specimen.at_hand() else "random")
+    cells = (result.name, specimen.library, specimen.weights)
     if result.error:
         return *cells, *(["-"] * 5)
     return (
@@ -163,15 +167,14 @@ def percent(macs: tuple[int, int]) -> str:
 
 
 def show(results: list[Result], console: Console) -> None:
-    """Print the table."""
-    table = Table(*HEADER, "s", "left float, and why", title="W8A8 by one callback")
+    """Print the table, and below it what was left float."""
+    table = Table(*HEADER, "s", title="W8A8 by one callback")
     for result in results:
-        table.add_row(
-            *row(result, ZOO[result.name]),
-            f"{result.seconds:.1f}",
-            result.error or result.left_float().replace("`", ""),
-        )
+        table.add_row(*row(result, ZOO[result.name]), f"{result.seconds:.1f}")
     console.print(table)
+    for result in results:
+        if remark := result.remark():
+            console.print(f"[bold]{result.name}[/bold]: {escape(remark)}")
 
 
 def page(results: list[Result]) -> str:
@@ -180,29 +183,45 @@ def page(results: list[Result]) -> str:
     versions = {"Python": platform.python_version(), **versions}
     lines = ["| " + " | ".join(HEADER) + " |", "|---|---|---|---:|---:|---:|---:|---:|"]
     lines += ["| " + " | ".join(row(result, ZOO[result.name])) + " |" for result in results]
-    remarks = [f"- **{r.name}**: {r.error or r.left_float()}" for r in results if r.error or r.left_float()]
-    good = sum(not r.error and r.share >= 0.9 and r.sqnr >= 20 for r in results)
+    remarks = [f"- **{result.name}**: {remark}" for result in results if (remark := result.remark())]
+    good = sum(not r.error and r.share >= GOOD_SHARE and r.sqnr >= GOOD_SQNR for r in results)
     return INTRODUCTION.format(
         models=len(results),
         good=good,
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
         table="\n".join(lines),
         remarks="\n".join(remarks),
+        noise="\n\n".join(noise_table(result) for result in results if result.noise) or "None is.",
     )
+
+
+def noise_table(result: Result, most: int = 6) -> str:
+    """The noisiest tensors of one model as Markdown."""
+    lines = [
+        f"**{result.name}**, {result.sqnr:.1f} dB, from {len(result.noise)} quantizers:",
+        "",
+        "| quantizer | share of the noise | alone | its tensor | peak / std | range / tensor |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| `{s.name}` | {100 * s.share:.0f} % | {s.alone:.1f} dB | {s.own:.1f} dB | {s.peak:.0f} | {s.spare:.1f} |"
+        for s in result.noise[:most]
+    ]
+    return "\n".join(lines)
 
 
 INTRODUCTION = """# Models
 
-{models} models, each a LightningModule as one writes it without quantization in mind, quantized to 8-bit weights and 8-bit
-activations by the same callback, with no argument for any of them:
+{models} models, each a LightningModule as one writes it without quantization in mind, quantized to 8-bit weights and
+8-bit activations by the same callback, with no argument for any of them:
 
 ```python
 trainer = L.Trainer(callbacks=[PostTrainingQuantization(weights="int8", activations="int8")])
 trainer.validate(model, datamodule=data)
 ```
 
-In {good} of {models}, at least 90 % of the multiplications in linear and convolution layers run on 8-bit numbers, and the
-output keeps at least 20 dB.
+In {good} of {models}, at least 90 % of the multiplications in linear and convolution layers run on 8-bit numbers, and
+the output keeps at least 20 dB.
 
 {table}
 
@@ -217,6 +236,14 @@ output keeps at least 20 dB.
 Shares are of the multiplications in linear and convolution layers.
 
 {remarks}
+
+## Below 20 dB, tensor by tensor
+
+Each quantizer is run alone in an otherwise float model. *Alone* is the output's SQNR then, *its tensor* the SQNR of
+what it rounds. A tensor with a high *peak / std* wastes its 256 levels on few values; a high *range / tensor* says that
+the calibration samples reached further than these.
+
+{noise}
 
 ---
 
@@ -233,7 +260,6 @@ def main(args: list[str] | None = None) -> list[Result]:
     names = [n for n in ZOO if not options.only or any(part.lower() in n.lower() for part in options.only)]
     if not names:
         parser.error(f"--only: there are {', '.join(ZOO)}")
-    torch.set_num_threads(2)
     warnings.filterwarnings("ignore")
     for library in ("lightning.pytorch", "transformers", "diffusers"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -95,6 +95,7 @@ def _forward_arguments(module: nn.Module, batch: Any) -> tuple[tuple[Any, ...], 
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, (tuple, list)) and len(batch) > 0:
+        _check_binds(module, (batch[0],), f"the first element of the calibration {type(batch).__name__}")
         return (batch[0],), {}
     if isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch):
         return (), _forward_keywords(module, batch)
@@ -111,19 +112,24 @@ def _forward_keywords(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, 
     taken = dict(batch)
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         taken = {key: value for key, value in batch.items() if key in signature.parameters}
-    try:
-        signature.bind(**taken)
-    except TypeError as error:
-        raise TypeError(
-            f"{type(module).__name__}.forward{signature} cannot be called with the keys of the calibration batch "
-            f"({', '.join(batch)}): {error}. Define calibration_step(self, batch) or predict_step."
-        ) from None
+    _check_binds(module, (), f"the keys of the calibration batch ({', '.join(batch)})", taken)
     if not taken and batch:
         raise TypeError(
             f"{type(module).__name__}.forward{signature} takes none of the keys of the calibration batch "
             f"({', '.join(batch)}): define calibration_step(self, batch) or predict_step."
         )
     return taken
+
+
+def _check_binds(module: nn.Module, args: tuple[Any, ...], what: str, kwargs: Mapping[str, Any] | None = None) -> None:
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **(kwargs or {}))
+    except TypeError as error:
+        raise TypeError(
+            f"{type(module).__name__}.forward{signature} cannot be called with {what}: {error}. "
+            f"Define calibration_step(self, batch) or predict_step."
+        ) from None
 
 
 def _described(batch: Any) -> str:

@@ -29,7 +29,8 @@ def group_scales(
         optimizers: those of the run.
         schedulers: their learning rate schedulers.
         scales: each scale with a weight of its layer, by name.
-        lr: learning rate of the scales; ``None``: that of their layer.
+        lr: learning rate of the scales where a schedule stands at 1 (at its peak, for ``OneCycleLR``); ``None``: that
+            of their layer.
 
     >>> import torch
     >>> weight, scale = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(()))
@@ -67,8 +68,8 @@ def _split_off(optimizer: Optimizer, index: int, parameters: Mapping[str, nn.Par
     for key in ("params", "param_names"):
         if key in group:
             group[key] = [group[key][position] for position in stay]
-    initial = group.get("initial_lr", group["lr"])
-    factor = 1.0 if lr is None or not initial else float(lr / initial)
+    usual = group.get("max_lr") or group.get("initial_lr") or group["lr"]  # whatever a warm-up makes of it just now
+    factor = 1.0 if lr is None or not usual else float(lr / usual)
     new = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     new |= {key: new[key] * factor for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in new}
     new |= {"weight_decay": 0.0} if "weight_decay" in new else {}

@@ -39,7 +39,7 @@ class PostTrainingQuantization(QuantizationCallback):
 
     Raises:
         ValueError: for an unknown format, rule or pattern, NaN in the calibration data, or a layer that must not be
-        touched.
+            touched.
 
     >>> callback = PostTrainingQuantization(weights="int8", activations="int8", first_last=None)
     >>> trainer = L.Trainer(callbacks=[callback])  # doctest: +SKIP

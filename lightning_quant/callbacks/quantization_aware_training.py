@@ -65,7 +65,7 @@ class QuantizationAwareTraining(PostTrainingQuantization):
 
     Raises:
         ValueError: for an unknown format, rule or pattern, a strategy that shards parameters, a checkpoint of a float
-        run to resume from, or a model that another method has quantized.
+            run to resume from, or a model that another method has quantized.
 
     >>> callback = QuantizationAwareTraining(weights="int4", activations="int4", freeze_batchnorm_epochs=1)
     >>> trainer = L.Trainer(max_epochs=5, callbacks=[callback])  # doctest: +SKIP

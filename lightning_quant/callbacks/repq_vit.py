@@ -59,7 +59,7 @@ class RepQViT(QuantizationCallback):
 
     Raises:
         ValueError: for an unknown format or pattern, NaN in the calibration data, or a model without a LayerNorm that
-        can be folded.
+            can be folded.
 
     >>> callback = RepQViT(weights="int4", activations="int4")
     >>> trainer = L.Trainer(callbacks=[callback])  # doctest: +SKIP

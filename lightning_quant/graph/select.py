@@ -43,7 +43,7 @@ def select(
 
     Raises:
         ValueError: if ``target`` or a pattern names nothing, a layer is quantized already or cannot be swapped, or
-        nothing is left.
+            nothing is left.
     """
     modules = dict(model.named_modules())
     if target is not None:  # what its author wrote as `net.head` is `net._orig_mod.head` once `net` is compiled

@@ -1,7 +1,7 @@
 """The quantized modules that a network is made of."""
 
 from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
-from lightning_quant.layers.base import QuantizedLayer, weight_rows
+from lightning_quant.layers.base import QuantizedLayer
 from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
 from lightning_quant.layers.float_twin import as_float
 from lightning_quant.layers.learning import learn_scales, learned_parameters, learned_quantizers, settle_scales
@@ -18,6 +18,7 @@ from lightning_quant.layers.swap import (
     quantize_layer,
     restore,
     twin_of,
+    weight_rows,
     why_not_swappable,
 )
 

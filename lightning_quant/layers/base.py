@@ -7,7 +7,7 @@ flag stay, only the class changes and quantizers are added as children. So an op
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class QuantizedLayer(nn.Module):
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)
     input_quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer",)
     input_axis: ClassVar[int] = -1
+    transposed: ClassVar[bool] = False  # whether the weight is stored as (in, out)
 
     folded: Tensor
     weight_quantizer: Quantizer | None
@@ -65,7 +66,7 @@ class QuantizedLayer(nn.Module):
     def weight_rows(self, name: str = "weight") -> Tensor:
         """The float weight with output channels first: (out, ...)."""
         weight: Tensor = getattr(self, name)
-        return weight
+        return weight.t() if self.transposed else weight
 
     def weight_quantizers(self) -> dict[str, Quantizer]:
         """The quantizers of the weights, by the name of the Parameter."""
@@ -88,11 +89,6 @@ class QuantizedLayer(nn.Module):
         if not any(key.startswith(prefix) and ("quantizer" in key or key == f"{prefix}folded") for key in state_dict):
             state_dict[f"{prefix}folded"] = torch.tensor(False)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
-
-
-def weight_rows(layer: nn.Module) -> Tensor:
-    """The weight of a float or quantized layer with output channels first: (out, ...)."""
-    return layer.weight_rows() if isinstance(layer, QuantizedLayer) else cast(Tensor, layer.weight)
 
 
 def through(quantizer: Quantizer | None, x: Tensor) -> Tensor:

@@ -13,10 +13,7 @@ class QuantConv1D(QuantizedLayer, Conv1D):
     """transformers' ``Conv1D``: a linear layer whose weight is stored as (in, out)."""
 
     float_class = Conv1D
-
-    def weight_rows(self, name: str = "weight") -> Tensor:
-        """The float weight with output channels first: (out, in)."""
-        return super().weight_rows(name).t()
+    transposed = True
 
     def quantized(self, name: str = "weight") -> Tensor:
         """The weight as the quantized layer computes with it: (in, out)."""

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
-from lightning_quant.layers.base import QuantizedLayer, weight_rows
+from lightning_quant.layers.base import QuantizedLayer
 from lightning_quant.layers.routing import AttentionSite
 from lightning_quant.layers.swap import (
     create_bias,
@@ -21,6 +21,7 @@ from lightning_quant.layers.swap import (
     quantize_layer,
     restore,
     twin_of,
+    weight_rows,
     why_not_swappable,
 )
 from lightning_quant.quantizers import Quantizer, Scheme

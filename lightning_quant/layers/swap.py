@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -41,6 +42,13 @@ def twin_of(layer: nn.Module) -> type[QuantizedLayer] | None:
 
         return QuantConv1D
     return TWINS.get(type(layer))
+
+
+def weight_rows(layer: nn.Module) -> Tensor:
+    """The weight of a float or quantized layer with output channels first: (out, ...); a view of the Parameter."""
+    twin = type(layer) if isinstance(layer, QuantizedLayer) else twin_of(layer)
+    weight = cast(Tensor, layer.weight)
+    return weight.t() if twin is not None and twin.transposed else weight
 
 
 def why_not_swappable(layer: nn.Module) -> str | None:

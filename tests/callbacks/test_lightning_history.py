@@ -159,7 +159,7 @@ def test_12896_test_with_the_best_checkpoint_of_a_fit(method, tmp_path):
     run = trainer(method(), best, max_epochs=2, enable_checkpointing=True, num_sanity_val_steps=0)
     run.validate(model, datamodule=Sequences(), verbose=False)
     found = scales(model)
-    run.fit(model, datamodule=Sequences())
+    run.fit(model, datamodule=Sequences(32))
     run.test(datamodule=Sequences(), ckpt_path="best", verbose=False)
     assert scales(model) == found
 
@@ -167,7 +167,7 @@ def test_12896_test_with_the_best_checkpoint_of_a_fit(method, tmp_path):
 def test_6457_load_from_checkpoint_of_a_checkpoint_made_in_training(method, tmp_path):
     model, best = TinyTransformer(), ModelCheckpoint(tmp_path, save_top_k=-1)
     run = trainer(method(during_fit=True), best, max_epochs=1, enable_checkpointing=True)
-    run.fit(model, datamodule=Sequences())
+    run.fit(model, datamodule=Sequences(32))
     assert quantized(model)
     loaded = WithMixin.load_from_checkpoint(best.best_model_path)
     assert scales(loaded) == scales(model)
@@ -183,7 +183,7 @@ def test_8485_resume_with_observer_state(method, during_fit, tmp_path):
         last = ModelCheckpoint(tmp_path / str(epochs), save_last=True)
         options = {"max_epochs": epochs, "enable_checkpointing": True, "num_sanity_val_steps": 1}
         run = trainer(method(during_fit=during_fit), last, **options)
-        run.fit(model, datamodule=Sequences(), **kwargs)
+        run.fit(model, datamodule=Sequences(32), **kwargs)
         return run, last.last_model_path
 
     straight = TinyTransformer(dropout=0.0)
@@ -196,7 +196,7 @@ def test_8485_resume_with_observer_state(method, during_fit, tmp_path):
     with torch.no_grad():
         resumed.head.weight.add_(1)  # so that what was not restored is seen
     run, _ = fit(resumed, 2, ckpt_path=path)
-    assert run.current_epoch == 2 and run.global_step == 16
+    assert run.current_epoch == 2 and run.global_step == 4
     assert scales(resumed) == found
     assert not torch.equal(resumed.head.weight, straight.head.weight)
     run.validate(resumed, datamodule=Sequences(), verbose=False)
@@ -229,7 +229,7 @@ def test_11047_pruning_and_quantization_in_one_fit(pruning_first, lottery, tmp_p
     )
     quantization = METHODS["ptq"](during_fit=True)
     run = trainer(*((pruning, quantization) if pruning_first else (quantization, pruning)), max_epochs=3)
-    run.fit(model, datamodule=Sequences())
+    run.fit(model, datamodule=Sequences(32))
     assert quantization.is_calibrated(model) and quantized(model) == 10
     model.eval()(Sequences().val.tensors[0])
     for layer, _ in prunable(model):
@@ -251,7 +251,7 @@ def test_11047_a_checkpoint_of_both_holds_plain_pruned_weights(pruning_first, tm
     model, quantization = TinyTransformer(), METHODS["ptq"](during_fit=True)
     pruning = ModelPruning("l1_unstructured", prunable(model), ["weight"], amount=0.5)
     run = trainer(*((pruning, quantization) if pruning_first else (quantization, pruning)), max_epochs=2)
-    run.fit(model, datamodule=Sequences())
+    run.fit(model, datamodule=Sequences(32))
     want = run.validate(model, datamodule=Sequences(), verbose=False)[0]
     assert (effective(model.head) == 0).float().mean() > 0.7
     run.save_checkpoint(tmp_path / "both.ckpt")
@@ -341,7 +341,7 @@ def test_8540_nothing_moves_in_validate_test_and_predict(method):
         quiet = {} if verb == "predict" else {"verbose": False}
         getattr(run, verb)(model, datamodule=Sequences(batch_size=7), **quiet)
         assert facts(model)["values"] == values, verb
-    trainer(method(), limit_train_batches=0, max_epochs=1).fit(model, datamodule=Sequences())  # its sanity check too
+    trainer(method(), limit_train_batches=0, max_epochs=1).fit(model, datamodule=Sequences(32))  # its sanity check too
     assert facts(model)["values"] == values
 
 
@@ -357,7 +357,7 @@ def test_8540_a_fit_of_a_calibrated_model_moves_no_scale(method):
     model = WithBatchNorm()
     validate(model, method())
     found, weight = scales(model), model.head.weight.detach().clone()
-    trainer(method(), max_epochs=1, num_sanity_val_steps=0).fit(model, datamodule=Sequences())
+    trainer(method(), max_epochs=1, num_sanity_val_steps=0).fit(model, datamodule=Sequences(32))
     assert scales(model) == found and not torch.equal(model.head.weight, weight)
 
 

@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -118,7 +117,7 @@ def test_fast_dev_run(method):
     run = trainer(method(), fast_dev_run=True)
     run.validate(model, datamodule=Sequences(), verbose=False)
     assert len(quantized(model)) == 10
-    run.fit(model, datamodule=Sequences())
+    run.fit(model, datamodule=Sequences(32))
 
 
 @every_method
@@ -223,7 +222,6 @@ def test_a_callback_that_looks_at_the_model_in_on_validation_start_sees_it_quant
 
 AVERAGING = {
     "ema": lambda: EMAWeightAveraging(decay=0.9, use_buffers=False),
-    "weights": lambda: WeightAveraging(use_buffers=False),
     "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
 }
 every_average = pytest.mark.parametrize("averaging", AVERAGING.values(), ids=AVERAGING)
@@ -238,7 +236,7 @@ def test_averaging_the_weights_of_a_calibrated_model(method, averaging, ours_fir
     found, before = scales(model), model.head.weight.detach().clone()
     callbacks = [method(), averaging()] if ours_first else [averaging(), method()]
     run = trainer(*callbacks, ModelCheckpoint(tmp_path, save_last=True), max_epochs=3, enable_checkpointing=True)
-    run.fit(model, datamodule=Sequences())
+    run.fit(model, datamodule=Sequences(32))
     assert scales(model) == found and not torch.equal(model.head.weight, before)
     want = validate(model, method())
     run.save_checkpoint(tmp_path / "after.ckpt")
@@ -257,7 +255,7 @@ def test_resuming_a_calibrated_model_whose_weights_are_averaged(method, averagin
     def fit(model, epochs, **kwargs):
         callbacks = [method(), averaging()] if ours_first else [averaging(), method()]
         run = trainer(*callbacks, max_epochs=epochs, num_sanity_val_steps=0)
-        run.fit(model, datamodule=Sequences(), **kwargs)
+        run.fit(model, datamodule=Sequences(32), **kwargs)
         return run
 
     model, resumed = NoBias(), NoBias()
@@ -275,15 +273,15 @@ def test_resuming_a_calibrated_model_whose_weights_are_averaged(method, averagin
 def test_a_fit_that_averages_from_a_checkpoint_that_was_made_without(averaging, ours_first, tmp_path):
     model, run = NoBias(), trainer(repq(), max_epochs=1)
     run.validate(model, datamodule=Sequences(), verbose=False)
-    run.fit(model, datamodule=Sequences())
+    run.fit(model, datamodule=Sequences(32))
     run.save_checkpoint(tmp_path / "q.ckpt")
     callbacks = [repq(), averaging()] if ours_first else [averaging(), repq()]
     resumed, run = NoBias(), trainer(*callbacks, max_epochs=3)
     if averaging is AVERAGING["swa"]:  # its copy is not told of the checkpoint, and lacks the biases of the fold
         with pytest.raises(ValueError, match="Averaging copied the float model before the checkpoint brought"):
-            run.fit(resumed, datamodule=Sequences(), ckpt_path=tmp_path / "q.ckpt")
+            run.fit(resumed, datamodule=Sequences(32), ckpt_path=tmp_path / "q.ckpt")
         return
-    run.fit(resumed, datamodule=Sequences(), ckpt_path=tmp_path / "q.ckpt")
+    run.fit(resumed, datamodule=Sequences(32), ckpt_path=tmp_path / "q.ckpt")
     assert scales(resumed) == scales(model)
     assert max((a - b).abs().max() for a, b in zip(resumed.parameters(), model.parameters(), strict=True)) < 0.5
 
@@ -293,7 +291,7 @@ def test_an_average_of_buffers_would_average_scales_and_is_refused(method):
     model = TinyTransformer()
     validate(model, method())
     with refused(model, r"EMAWeightAveraging would average the scales .*use_buffers=False", but=["record", "training"]):
-        trainer(method(), EMAWeightAveraging(), max_epochs=1).fit(model, datamodule=Sequences())
+        trainer(method(), EMAWeightAveraging(), max_epochs=1).fit(model, datamodule=Sequences(32))
     assert EMAWeightAveraging()._use_buffers is True  # the private name that this rests on
 
 
@@ -303,7 +301,7 @@ def test_averaging_beside_an_uncalibrated_callback_is_plain_training(method, ave
     with_ours, plain = TinyTransformer(dropout=0.0), TinyTransformer(dropout=0.0)
     for model, callbacks in ((with_ours, [method(), averaging()]), (plain, [averaging()])):
         torch.manual_seed(0)
-        trainer(*callbacks, max_epochs=2).fit(model, datamodule=Sequences())
+        trainer(*callbacks, max_epochs=2).fit(model, datamodule=Sequences(32))
     assert is_float(with_ours)
     assert all(torch.equal(a, b) for a, b in zip(with_ours.parameters(), plain.parameters(), strict=True))
 
@@ -316,7 +314,7 @@ def test_calibrating_in_a_fit_that_averages_weights_is_refused(method, averaging
     callbacks = [method(during_fit=True), averaging()]
     run = trainer(*(callbacks if ours_first else callbacks[::-1]), max_epochs=3, num_sanity_val_steps=0)
     with refused(model, r"Averaging copied the float model, which \w+\(during_fit=True\) .* trainer\.validate before"):
-        run.fit(model, datamodule=Sequences())
+        run.fit(model, datamodule=Sequences(32))
     assert is_float(model)
 
 
@@ -326,7 +324,7 @@ def test_early_stopping_and_checkpoints_beside_calibration_in_fit(method, tmp_pa
     best = ModelCheckpoint(tmp_path, monitor="loss", save_top_k=1)
     stopping = EarlyStopping("loss", patience=1)
     run = trainer(stopping, method(during_fit=True), best, max_epochs=3, enable_checkpointing=True)
-    run.fit(model, datamodule=Sequences())
+    run.fit(model, datamodule=Sequences(32))
     found = scales(model)
     fresh = TinyTransformer()
     metrics = validate(fresh, method(during_fit=True), ckpt_path=best.best_model_path)
