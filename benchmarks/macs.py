@@ -25,7 +25,7 @@ FUSED = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_eff
 
 @dataclass(frozen=True)
 class Product:
-    """One product: in which module, of a layer's weight or of attention operands, how large, and on which numbers."""
+    """One product: in which module, between activations or with a layer's weight, how large, and of which numbers."""
 
     module: str
     attention: bool
@@ -47,6 +47,7 @@ class MacCounter(TorchDispatchMode):
         super().__init__()
         self.module = module
         self.products: list[Product] = []
+        self.parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
         self.inside: list[str] = []
 
     @contextmanager
@@ -55,7 +56,7 @@ class MacCounter(TorchDispatchMode):
         handles = []
         for name, child in self.module.named_modules():
             handles.append(child.register_forward_pre_hook(lambda *_, name=name: self.inside.append(name)))
-            handles.append(child.register_forward_hook(lambda *_: self.inside.pop() and None, always_call=True))
+            handles.append(child.register_forward_hook(self._leave, always_call=True))
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
@@ -66,11 +67,17 @@ class MacCounter(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    def _leave(self, *_: Any) -> None:
+        self.inside.pop()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in MATRIX:
             x, weight = args[MATRIX[func] :][:2]  # (rows, in), (in, out)
-            self._add(False, x.shape[0] * weight.numel(), on_a_grid(x.reshape(1, -1)) and on_a_grid(weight.t()))
+            rounded = on_a_grid(weight.t())
+            # Neither a parameter nor a rounded one: two activations meet, as the embeddings of CLIP's towers do.
+            between_activations = not rounded and weight.untyped_storage().data_ptr() not in self.parameters
+            self._add(between_activations, x.shape[0] * weight.numel(), rounded and on_a_grid(x.reshape(1, -1)))
         elif func is aten.convolution.default:
             x, weight = args[:2]
             positions = (x if args[6] else out)[0, 0].numel() * x.shape[0]  # a transposed one visits its input
@@ -91,7 +98,7 @@ class MacCounter(TorchDispatchMode):
         self.products.append(Product(self.inside[-1] if self.inside else "", attention, macs, quantized))
 
     def macs(self, attention: bool, quantized: bool | None = None) -> int:
-        """The sum over attention or over linear and convolution layers, of all or of (un)quantized products."""
+        """The sum over linear and convolution layers, or over attention, of all or of (un)quantized products."""
         return sum(p.macs for p in self.products if p.attention is attention and quantized in (None, p.quantized))
 
     def float_layers(self) -> dict[str, int]:

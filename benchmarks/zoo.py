@@ -38,6 +38,12 @@ from lightning_quant import PostTrainingQuantization
 from lightning_quant.checkpoint import record_of
 
 GOOD_SHARE, GOOD_SQNR = 0.9, 20.0
+ALTERNATIVES: dict[str, dict[str, Any]] = {
+    "a range per token": {"activations": "int8_token"},
+    "the extremes as ranges": {"ranges": "minmax"},
+    "float activations": {"activations": None},
+    "float weights": {"weights": None},
+}
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 
 
@@ -55,6 +61,8 @@ class Result:
         attention_macs: the same for the products of attention.
         sqnr: of the output, in decibels.
         noise: where it comes from, if the output is below 20 decibels.
+        others: the output's SQNR with other arguments then.
+        spread: how many times larger the output is for one sample of the batch than for another.
         float_layers: MACs of the layers that multiply float numbers, by name.
         skipped: what the callback says that it left float, and why.
         seconds: that ``validate`` took.
@@ -68,6 +76,8 @@ class Result:
     attention_macs: tuple[int, int] = (0, 0)
     sqnr: float = float("nan")
     noise: list[Source] = field(default_factory=list)
+    others: dict[str, float] = field(default_factory=dict)
+    spread: float = 1.0
     float_layers: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -101,15 +111,7 @@ def quantize(name: str, specimen: Specimen) -> Result:
     result = Result(name)
     start = time.perf_counter()
     try:
-        trainer = L.Trainer(
-            accelerator="cpu",
-            callbacks=[PostTrainingQuantization(weights="int8", activations="int8")],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.validate(module, datamodule=data, verbose=False)
+        validate(module, data, PostTrainingQuantization(weights="int8", activations="int8"))
         result.seconds = time.perf_counter() - start
         rounded, recounted = observe(module, batch)
     except Exception as error:
@@ -124,7 +126,31 @@ def quantize(name: str, specimen: Specimen) -> Result:
     result.sqnr = sqnr(exact, rounded)
     if result.sqnr < GOOD_SQNR:
         result.noise = sources_of_noise(module, batch, exact)
+        result.others = {label: alternative(specimen, **arguments) for label, arguments in ALTERNATIVES.items()}
+        sizes = exact.flatten(1).square().mean(1).sqrt()
+        result.spread = float(sizes.max() / sizes.min())
     return result
+
+
+def validate(module: L.LightningModule, data: L.LightningDataModule, callback: L.Callback) -> None:
+    """What a user does."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.validate(module, datamodule=data, verbose=False)
+
+
+def alternative(specimen: Specimen, **arguments: Any) -> float:
+    """The output's SQNR with other arguments."""
+    module, data = specimen.make()
+    exact, _ = observe(module, data.first("val"))
+    validate(module, data, PostTrainingQuantization(**{"weights": "int8", "activations": "int8", **arguments}))
+    return sqnr(exact, observe(module, data.first("val"))[0])
 
 
 @torch.no_grad()
@@ -198,13 +224,15 @@ def page(results: list[Result]) -> str:
 def noise_table(result: Result, most: int = 6) -> str:
     """The noisiest tensors of one model as Markdown."""
     lines = [
-        f"**{result.name}**, {result.sqnr:.1f} dB, from {len(result.noise)} quantizers:",
+        f"**{result.name}**: {result.sqnr:.1f} dB, from {len(result.noise)} quantizers. "
+        + "; ".join(f"with {label} {found:.1f} dB" for label, found in result.others.items())
+        + f". The largest float output of a sample is {result.spread:.1f} times the smallest.",
         "",
         "| quantizer | share of the noise | alone | its tensor | peak / std | range / tensor |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| `{s.name}` | {100 * s.share:.0f} % | {s.alone:.1f} dB | {s.own:.1f} dB | {s.peak:.0f} | {s.spare:.1f} |"
+        f"| `{s.name}` | {100 * s.share:.0f} % | {s.alone:.1f} dB | {s.own:.1f} dB | {s.peak:.0f} | {s.reach:.1f} |"
         for s in result.noise[:most]
     ]
     return "\n".join(lines)
@@ -240,8 +268,8 @@ Shares are of the multiplications in linear and convolution layers.
 ## Below 20 dB, tensor by tensor
 
 Each quantizer is run alone in an otherwise float model. *Alone* is the output's SQNR then, *its tensor* the SQNR of
-what it rounds. A tensor with a high *peak / std* wastes its 256 levels on few values; a high *range / tensor* says that
-the calibration samples reached further than these.
+what it rounds. A tensor with a high *peak / std* wastes its 256 levels on few values; a low *range / tensor* says that
+the range search cut off the largest ones.
 
 {noise}
 

@@ -24,7 +24,7 @@ class Source:
         alone: SQNR of the output where this is the only quantizer, in decibels.
         own: SQNR of the tensor that it rounds.
         peak: largest magnitude of that tensor in standard deviations.
-        spare: by how much the range that calibration found is wider than this tensor.
+        reach: the width of the range that calibration found, divided by that of this tensor.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Source:
     alone: float
     own: float
     peak: float
-    spare: float
+    reach: float
 
 
 @torch.no_grad()
@@ -49,8 +49,8 @@ def sources_of_noise(module: nn.Module, batch: Any, exact: Tensor) -> list[Sourc
         alone = sqnr(exact, first_tensor(call(module, batch)))
         handle.remove()
         x, rounded = seen[0]
-        spare = span_of(quantizer) / float(x.max() - x.min())
-        found.append((name, alone, sqnr(x, rounded), float(x.abs().max() / x.std()), spare))
+        reach = span_of(quantizer) / float(x.max() - x.min())
+        found.append((name, alone, sqnr(x, rounded), float(x.abs().max() / x.std()), reach))
     for quantizer in quantizers.values():
         quantizer.observer = None
     total = sum(10 ** (-alone / 10) for _, alone, *_ in found)

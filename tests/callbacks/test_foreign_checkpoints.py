@@ -1,6 +1,9 @@
 """Checkpoints that do not fit: from another plan, cut short, or with keys missing. The model stays what it was."""
 
+import functools
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +46,21 @@ def checkpoint(path, callback, build=NoBias):
     metrics = run.validate(model, datamodule=Sequences(), verbose=False)[0]
     run.save_checkpoint(path)
     return metrics
+
+
+@functools.cache
+def checkpoint_bytes(method):
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint(Path(folder) / "q.ckpt", method())
+        return (Path(folder) / "q.ckpt").read_bytes()
+
+
+@pytest.fixture
+def stored(method, tmp_path):
+    """The path of a checkpoint that the method made."""
+    path = tmp_path / "q.ckpt"
+    path.write_bytes(checkpoint_bytes(method))
+    return path
 
 
 # ---------------------------------------------------------------- another plan
@@ -106,8 +124,7 @@ def test_a_model_that_another_plan_quantized_is_refused():
 
 
 @every_method
-def test_a_quantized_checkpoint_without_any_callback(method, tmp_path):
-    checkpoint(tmp_path / "q.ckpt", method())
+def test_a_quantized_checkpoint_without_any_callback(method, stored):
     model = NoBias()
     with (
         left_as_it_was(model, but=["values"]),
@@ -115,7 +132,7 @@ def test_a_quantized_checkpoint_without_any_callback(method, tmp_path):
             RuntimeError, match=r"(?s)the callback that made it .*CalibrationMixin.*load_quantized"
         ),
     ):
-        validate(model, ckpt_path=tmp_path / "q.ckpt")
+        validate(model, ckpt_path=stored)
     assert is_float(model)
 
 
@@ -133,7 +150,7 @@ def test_a_float_checkpoint_with_the_callback_is_calibrated_after_loading(method
 
 
 @every_method
-def test_a_checkpoint_of_another_architecture_is_refused(method, tmp_path):
+def test_a_checkpoint_of_another_architecture_is_refused(method, stored):
     class Shallow(NoBias):
         def __init__(self):
             super().__init__()
@@ -144,15 +161,14 @@ def test_a_checkpoint_of_another_architecture_is_refused(method, tmp_path):
             super().__init__()
             self.head = nn.Sequential(nn.Linear(16, 3))
 
-    checkpoint(tmp_path / "q.ckpt", method())
     for build, words in (
         (Shallow, r"names a layer `blocks\.1\.\w+`, which Shallow does not have"),
         (Norm, "quantizes `head`, but here it is a Sequential"),
     ):
         model = build()
         for load in (
-            lambda model=model: validate(model, method(), ckpt_path=tmp_path / "q.ckpt"),
-            lambda model=model: load_quantized(model, tmp_path / "q.ckpt"),
+            lambda model=model: validate(model, method(), ckpt_path=stored),
+            lambda model=model: load_quantized(model, stored),
         ):
             with refused(model, words):
                 load()
@@ -160,12 +176,11 @@ def test_a_checkpoint_of_another_architecture_is_refused(method, tmp_path):
 
 
 @every_method
-def test_a_checkpoint_for_a_model_that_cannot_be_swapped_is_refused(method, tmp_path):
-    checkpoint(tmp_path / "q.ckpt", method())
+def test_a_checkpoint_for_a_model_that_cannot_be_swapped_is_refused(method, stored):
     model = NoBias()
     model.blocks[0].fc2.forward = model.blocks[0].fc2.forward
     with refused(model, r"`blocks\.0\.fc2`, but here it has a forward of its own on the instance"):
-        validate(model, method(), ckpt_path=tmp_path / "q.ckpt")
+        validate(model, method(), ckpt_path=stored)
 
 
 # ---------------------------------------------------------------- cut short
@@ -173,14 +188,13 @@ def test_a_checkpoint_for_a_model_that_cannot_be_swapped_is_refused(method, tmp_
 
 @every_method
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-def test_a_file_cut_short(method, share, tmp_path):
-    checkpoint(tmp_path / "q.ckpt", method())
-    whole = (tmp_path / "q.ckpt").read_bytes()
-    (tmp_path / "q.ckpt").write_bytes(whole[: int(share * len(whole))])
+def test_a_file_cut_short(method, share, stored):
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[: int(share * len(whole))])
     for model, load in (
-        (NoBias(), lambda model: validate(model, method(), ckpt_path=tmp_path / "q.ckpt")),
-        (NoBias(), lambda model: load_quantized(model, tmp_path / "q.ckpt")),
-        (WithMixin(), lambda model: type(model).load_from_checkpoint(tmp_path / "q.ckpt")),
+        (NoBias(), lambda model: validate(model, method(), ckpt_path=stored)),
+        (NoBias(), lambda model: load_quantized(model, stored)),
+        (WithMixin(), lambda model: type(model).load_from_checkpoint(stored)),
     ):
         with left_as_it_was(model), pytest.raises((RuntimeError, EOFError, OSError)):
             load(model)
@@ -230,13 +244,12 @@ LACKING = {
 
 @every_method
 @pytest.mark.parametrize("fragments", LACKING.values(), ids=LACKING)
-def test_a_state_dict_that_lacks_keys_of_a_layer_is_refused_before_anything_is_changed(method, fragments, tmp_path):
-    checkpoint(tmp_path / "q.ckpt", method())
-    lacking(tmp_path / "q.ckpt", *fragments)
+def test_a_state_dict_that_lacks_keys_of_a_layer_is_refused_before_anything_is_changed(method, fragments, stored):
+    lacking(stored, *fragments)
     for model, load in (
-        (NoBias(), lambda model: validate(model, method(), ckpt_path=tmp_path / "q.ckpt")),
-        (NoBias(), lambda model: load_quantized(model, tmp_path / "q.ckpt")),
-        (WithMixin(), lambda model: model.load_state_dict(torch.load(tmp_path / "q.ckpt")["state_dict"])),
+        (NoBias(), lambda model: validate(model, method(), ckpt_path=stored)),
+        (NoBias(), lambda model: load_quantized(model, stored)),
+        (WithMixin(), lambda model: model.load_state_dict(torch.load(stored)["state_dict"])),
     ):
         with refused(model, r"truncated: its plan \(\w+\) needs `(blocks|embed|head)[^`]*`, which it lacks \(\d+ keys"):
             load(model)
@@ -244,14 +257,13 @@ def test_a_state_dict_that_lacks_keys_of_a_layer_is_refused_before_anything_is_c
 
 
 @every_method
-def test_a_truncated_checkpoint_leaves_a_calibrated_model_as_it_was(method, tmp_path):
-    checkpoint(tmp_path / "q.ckpt", method())
-    lacking(tmp_path / "q.ckpt", "blocks.1.fc2.weight_quantizer")
+def test_a_truncated_checkpoint_leaves_a_calibrated_model_as_it_was(method, stored):
+    lacking(stored, "blocks.1.fc2.weight_quantizer")
     model = NoBias()
     metrics = validate(model, method())
     found = scales(model)
     with refused(model, "truncated", but=["record"]):
-        validate(model, method(), ckpt_path=tmp_path / "q.ckpt")
+        validate(model, method(), ckpt_path=stored)
     assert scales(model) == found and validate(model) == metrics
 
 
@@ -308,17 +320,16 @@ def test_what_a_plan_does_not_have_is_not_missed(arguments, tmp_path):
 
 
 @every_method
-def test_the_plan_itself_is_lost(method, tmp_path):
+def test_the_plan_itself_is_lost(method, stored):
     """Without its plan a quantized state dict looks like a float one with keys too many."""
-    checkpoint(tmp_path / "q.ckpt", method())
-    stored = torch.load(tmp_path / "q.ckpt", weights_only=True)
-    stored["state_dict"] = {key: value for key, value in stored["state_dict"].items() if "lightning_quant" not in key}
-    torch.save(stored, tmp_path / "q.ckpt")
+    content = torch.load(stored, weights_only=True)
+    content["state_dict"] = {key: value for key, value in content["state_dict"].items() if "lightning_quant" not in key}
+    torch.save(content, stored)
     model = NoBias()
     with left_as_it_was(model, but=["values"]), pytest.raises(RuntimeError, match="Unexpected key"):
-        validate(model, method(), ckpt_path=tmp_path / "q.ckpt")
+        validate(model, method(), ckpt_path=stored)
     with refused(model, "holds a float model|lost its plan"):
-        load_quantized(model, tmp_path / "q.ckpt")
+        load_quantized(model, stored)
     assert is_float(model)
 
 

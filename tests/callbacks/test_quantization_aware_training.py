@@ -1,6 +1,7 @@
 """Quantization-aware training: what Lightning's own callback of that name never did."""
 
 import copy
+import json
 
 import lightning as L
 import pytest
@@ -37,6 +38,15 @@ class Net(TinyTransformer):
 
 class NetWithMixin(CalibrationMixin, Net):
     pass
+
+
+class WithBatchNorm(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(TOKENS)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
 
 
 class InOrder(Sequences):
@@ -164,6 +174,15 @@ def test_validation_within_the_fit_and_the_sanity_check_report_the_quantized_mod
         assert torch.allclose(torch.cat(model.shown[False]), model.eval()(x), atol=1e-5)
 
 
+def test_scales_are_positive_after_every_step():
+    def signs(model):
+        return min(module.scale.min().item() for module in quantizers(model).values())
+
+    look = Look(on_train_batch_end=signs)
+    fit(Net(), qat(scale_lr=1000.0), look, limit_val_batches=0)
+    assert len(look.seen["on_train_batch_end"]) == 8 and min(look.seen["on_train_batch_end"]) > 0
+
+
 def test_validation_moves_nothing():
     def look(model):
         return weights_of(model)
@@ -283,14 +302,19 @@ def test_a_killed_run_with_a_scheduler_and_adam_ends_like_an_undisturbed_one(tmp
     assert weights_of(resumed) == weights_of(undisturbed)
 
 
-def test_resuming_within_an_epoch_keeps_the_scales(tmp_path):
+def test_resuming_within_an_epoch_goes_on_as_it_was(tmp_path):
     last = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, save_last=True)
+    arguments = {"freeze_batchnorm_epochs": 1}
     with pytest.raises(Killed):
-        fit(Net(), qat(freeze_batchnorm_epochs=2), last, Kill(1, 3), enable_checkpointing=True)
-    look = Look(on_train_start=lambda m: m.head.weight_quantizer.scale.detach().clone())
-    fit(Net(), qat(freeze_batchnorm_epochs=2), look, ckpt_path=last.last_model_path)
+        fit(WithBatchNorm(), qat(**arguments), last, Kill(1, 3), enable_checkpointing=True)
+    look = Look(
+        on_train_start=lambda m: m.head.weight_quantizer.scale.detach().clone(),
+        on_train_batch_start=lambda m: m.norm.training,
+    )
+    fit(WithBatchNorm(), qat(**arguments), look, ckpt_path=last.last_model_path)
     stored = torch.load(last.last_model_path, weights_only=True)["state_dict"]["head.weight_quantizer.scale"]
     assert torch.equal(look.seen["on_train_start"][0], stored)
+    assert look.seen["on_train_batch_start"] and not any(look.seen["on_train_batch_start"])
 
 
 def test_a_float_run_cannot_be_resumed_as_a_quantized_one(tmp_path):
@@ -357,15 +381,6 @@ def test_a_checkpoint_of_the_delay_is_not_calibrated(tmp_path):
     assert validate(Net(), qat(), ckpt_path=path) == pytest.approx(want, rel=1e-3)  # which calibrates it
 
 
-class WithBatchNorm(Net):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(TOKENS)
-
-    def forward(self, x):
-        return super().forward(self.norm(x))
-
-
 def test_batchnorm_statistics_stand_still_in_the_last_epochs():
     look = Look(on_train_epoch_end=lambda m: (bits(m.norm.running_mean), bits(m.norm.weight)))
     model = WithBatchNorm()
@@ -394,7 +409,13 @@ def test_beside_an_average_of_the_weights(delay_epochs, tmp_path):
     keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     model = Showing()
     fit(model, qat(delay_epochs=delay_epochs), average, keep, enable_checkpointing=True, num_sanity_val_steps=1)
-    assert all(loss < 2 for loss in shown)  # a scale that is not known would give NaN
+    if not delay_epochs:  # before the first step the average is the start
+        start = Net()
+        validate(start, qat())
+        with torch.no_grad():
+            x, y = (tensor[:16] for tensor in Sequences().val.tensors)
+            assert shown[0] == pytest.approx(F.cross_entropy(start.eval()(x), y).item())
+    assert all(loss < 2 for loss in shown)
     averaged = NetWithMixin.load_from_checkpoint(tmp_path / "epoch=1.ckpt")
     assert weights_of(averaged) == weights_of(model)  # what the fit ends with is the average
     stored = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
@@ -550,6 +571,25 @@ def test_an_optimizer_built_before_setup_trains_the_scales_too():
 
     ((weights, scales),) = groups(Prebuilt(), qat())
     assert len(weights[2]) == 28 and len(scales[2]) == 28 and scales[:2] == (0.01, 0.0)
+
+
+def test_from_the_command_line(tmp_path):
+    from lightning.pytorch.cli import LightningCLI
+
+    look = Look(
+        on_train_end=lambda m: [(g["lr"], g["weight_decay"], len(g["params"])) for g in m.optimizers().param_groups]
+    )
+    arguments = {"activations": "int8", "scale_lr": 0.001, "overrides": {"head": "int8"}, "skip": ["embed"]}
+    callback = {"class_path": "lightning_quant.QuantizationAwareTraining", "init_args": arguments}
+    quiet = {"accelerator": "cpu", "enable_checkpointing": False, "logger": False, "enable_model_summary": False}
+    config = {
+        "trainer": {"max_epochs": 1, "callbacks": [callback], **quiet},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.1}},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    args = ["fit", f"--config={tmp_path / 'config.yaml'}"]
+    LightningCLI(TinyTransformer, InOrder, args=args, trainer_defaults={"callbacks": [look]}, save_config_callback=None)
+    assert look.seen["on_train_end"] == [[(0.01, 0.1, 28), (0.001, 0.0, 26)]]
 
 
 class TwoNetworks(L.LightningModule):

@@ -139,6 +139,7 @@ def test_weights_are_fitted_to_what_they_are_after_folding():
             assert torch.equal(found, want), name
 
 
+@torch.no_grad()
 def test_the_function_is_folded_exactly():
     """Without its quantizers the model computes what it computed before: 1e-4 in float32."""
     torch.manual_seed(0)
@@ -203,7 +204,7 @@ def test_one_norm_with_three_readers():
             self.log("mean", self(batch).mean(), batch_size=len(batch))
 
     model = Split()
-    trainer(RepQViT()).validate(model, DataLoader(list(torch.randn(20, 6, 8))), verbose=False)
+    trainer(RepQViT()).validate(model, DataLoader(list(torch.randn(32, 6, 8)), batch_size=8), verbose=False)
     assert model.q.folded and model.k.folded and model.v.folded and model.q.bias is not None
     assert torch.equal(model.q.input_quantizer.scale, model.k.input_quantizer.scale)
     assert torch.equal(model.q.input_quantizer.zero_point, model.v.input_quantizer.zero_point)
@@ -230,7 +231,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="weights='int4_token'"):
         RepQViT(weights="int4_token")
     with pytest.raises(ValueError, match=r"RepQViT folds LayerNorms .* use PostTrainingQuantization"):
-        trainer(RepQViT()).validate(WithoutNorm(), DataLoader(list(torch.randn(8, 4))), verbose=False)
+        trainer(RepQViT()).validate(WithoutNorm(), DataLoader(list(torch.randn(32, 4))), verbose=False)
 
 
 @pytest.mark.parametrize("activations", ["int10", "uint1", "fp8_e4m3", "int8_token", "int8_dynamic", "int8_channel"])

@@ -347,7 +347,7 @@ def test_the_plan_of_a_module_that_attends_itself():
         def validation_step(self, batch, batch_idx):
             self.log("mean", self(batch).mean(), batch_size=len(batch))
 
-    data = torch.randn(8, 5, 8)
+    data = torch.randn(32, 5, 8)
     model = Net()
     trainer(METHODS["ptq"]()).validate(model, torch.utils.data.DataLoader(list(data)), verbose=False)
     assert isinstance(model, AttentionSite)

@@ -9,7 +9,7 @@ from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from tests.real import CifarData, Classifier, resnet20
 
 pytestmark = pytest.mark.evidence
-EPOCHS, LAST = 4, 3
+EPOCHS, LAST = 4, 2
 FORMATS = {"weights": "int4", "activations": "int4", "first_last": None, "calibration_samples": 128}
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
