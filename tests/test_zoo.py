@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from benchmarks.macs import MacCounter, on_a_grid
-from benchmarks.zoo import GOOD_SHARE, GOOD_SQNR, quantize
+from benchmarks.zoo import quantize
 from benchmarks.zoo_models import ZOO
+from benchmarks.zoo_page import GOOD_SHARE, GOOD_SQNR
 
 # A few seconds each, and every kind of door: fused and spelled out attention, weights read by a function, torch's own
 # encoder, tied and shared layers, layers that never run.

@@ -1,7 +1,6 @@
 """What Lightning's own QuantizationAwareTraining got wrong, one test per issue or pull request of its tracker."""
 
 import inspect
-import signal
 
 import lightning as L
 import pytest
@@ -359,7 +358,3 @@ def test_8540_a_fit_of_a_calibrated_model_moves_no_scale(method):
     found, weight = scales(model), model.head.weight.detach().clone()
     trainer(method(), max_epochs=1, num_sanity_val_steps=0).fit(model, datamodule=Sequences(32))
     assert scales(model) == found and not torch.equal(model.head.weight, weight)
-
-
-def test_the_signal_handler_of_the_terminal_is_still_there():
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
