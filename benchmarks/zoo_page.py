@@ -170,8 +170,8 @@ the random batch norms were set, see below the table.
 A random net has no right SQNR: it follows from the initialisation. Two choices were made here, both after seeing
 results; the figures in this section were measured once, beside the table.
 
-- **Batch norms** get a mean of 0 and one variance per layer. Three ways were tried and this one kept. With the other two
-  the float nets themselves multiply noise: 40 dB of it behind the first layer leave 13 dB or 14 dB of EfficientNet-B0
+- **Batch norms** get a mean of 0 and one variance per layer. Three ways were tried and this one kept. With the other
+  two the float nets themselves multiply noise: 40 dB of it behind the first layer leave 13 or 14 dB of EfficientNet-B0
   instead of 33 dB. The SQNR of W8A8 in dB depends on the choice:
 
   | statistics | EfficientNet-B0 | EfficientNet-Lite0 | MobileNetV4 | MobileNetV4 hybrid | ResNet |
@@ -180,8 +180,8 @@ results; the figures in this section were measured once, beside the table.
   | mean and variance per channel, as in training | 3.7 | 8.3 | 9.9 | 7.6 | 20.7 |
   | mean 0, variance per channel | 5.4 | 7.3 | -11.0 | 7.5 | 27.0 |
 
-  So these rows show that the layers are found and quantized, not how well such nets keep their accuracy. The one trained
-  net of the kind that was measured, EfficientNet-Lite0 on 24 ImageNet images, keeps 20.1 dB.
+  So these rows show that the layers are found and quantized, not how well such nets keep their accuracy. The one
+  trained net of the kind that was measured, EfficientNet-Lite0 on 24 ImageNet images, keeps 20.1 dB.
 - **Weights** with a gain below 0.24 are drawn anew with gain 1; layer scales and norms are made uneven, biases random.
   With a threshold of 0.5 T5 falls from 30.8 to 18.5 dB, since its attention is not scaled and grows sharp; all other
   random nets without batch norm stay above 23 dB. As the libraries initialise them, all are between 24 and 57 dB.
