@@ -53,7 +53,7 @@ class CostWatcher(Watcher):
             x, weight = call.argument(0, "input"), call.argument(1, "weight")
         else:
             return
-        layer = self.owners.of(weight)
+        layer = self.owners.of(weight, call.stack)
         if layer is None:
             return
         self._add(layer, self._macs(call, x, weight), x, call.out)

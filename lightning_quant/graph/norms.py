@@ -112,7 +112,7 @@ class NormWatcher(Watcher):
 
     def _saw_norm(self, call: Call) -> None:
         weight = call.argument(2, "weight")
-        norm = call.inside if weight is None else self.owners.of(weight)
+        norm = call.inside if weight is None else self.owners.of(weight, call.stack)
         if norm is None:
             return
         self.has_affine[norm] = weight is not None
@@ -124,7 +124,7 @@ class NormWatcher(Watcher):
             self.obstacles.setdefault(norm, "it normalises more than the last axis")
 
     def _saw_linear(self, call: Call, x: Tensor, weight: Tensor, found: list[_FromNorm | _FromLinear]) -> None:
-        linear, origin = self.owners.of(weight), self._origin(x)
+        linear, origin = self.owners.of(weight, call.stack), self._origin(x)
         if linear is None or any(o is not origin for o in found):
             self._obstruct(found, "a linear function whose weight belongs to no layer")
         elif self.owners.is_tied(weight):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -21,10 +22,13 @@ class Owners:
             for key, parameter in child.named_parameters(recurse=False):
                 self._names.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
 
-    def of(self, parameter: Any) -> str | None:
-        """The name of the layer that owns a parameter (the first one, if it is shared); ``None`` for other tensors."""
-        names = self._names.get(id(parameter))
-        return None if names is None else names[0].rpartition(".")[0]
+    def of(self, parameter: Any, running: Sequence[str] = ()) -> str | None:
+        """The name of the layer that owns a parameter; ``None`` for other tensors.
+
+        Of several layers that share it, the one that is ``running``, else the first.
+        """
+        layers = [name.rpartition(".")[0] for name in self._names.get(id(parameter), ())]
+        return next((layer for layer in layers if layer in running), layers[0] if layers else None)
 
     def is_tied(self, parameter: Any) -> bool:
         """Whether several layers share the parameter."""

@@ -255,3 +255,10 @@ def test_a_modulation_of_two_norms_is_not_foldable():
     net.forward = forward
     graph = graph_of(net, torch.randn(2, 5, 8), torch.randn(2, 8))
     assert graph.pairs == [] and "used elsewhere" in graph.unfoldable["norm1"]
+
+
+def test_a_layer_that_shares_its_weight_is_the_one_that_runs():
+    net = nn.ModuleDict({"embed": nn.Embedding(5, 8), "head": nn.Linear(8, 5, bias=False)})
+    net["head"].weight = net["embed"].weight
+    graph = trace(net, lambda: net["head"](net["embed"](torch.tensor([1]))))
+    assert list(graph.costs) == ["head"] and graph.functional == {}
