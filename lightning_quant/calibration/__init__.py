@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from lightning_quant.calibration.batches import CalibrationBatches
+from lightning_quant.calibration.batches import CalibrationBatches, draw_training_batches_from
+from lightning_quant.calibration.cache import SampleCache
 from lightning_quant.calibration.feed import check_feedable, feed, feeder_name
 from lightning_quant.calibration.observing import fitted_in_stream, observed, reached
 from lightning_quant.calibration.ranks import from_other_ranks, merge_across_ranks
-from lightning_quant.calibration.samples import first_samples, sample_count
+from lightning_quant.calibration.recording import Call, Signature, hooked_outputs, record, same_constants, signature
+from lightning_quant.calibration.samples import first_samples, reordered, sample_count
 from lightning_quant.calibration.undisturbed import undisturbed
 
 __all__ = [
     "CalibrationBatches",
+    "Call",
+    "SampleCache",
+    "Signature",
     "check_feedable",
+    "draw_training_batches_from",
     "feed",
     "feeder_name",
     "first_samples",
     "fitted_in_stream",
     "from_other_ranks",
+    "hooked_outputs",
     "merge_across_ranks",
     "observed",
     "reached",
+    "record",
+    "reordered",
+    "same_constants",
     "sample_count",
+    "signature",
     "undisturbed",
 ]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -214,6 +215,28 @@ class CalibrationBatches:
         used_up = " or read before (pass a function that returns a new one)"
         reason = f"it is empty{used_up if isinstance(self._found.loader, Iterator) else ''}"
         return ValueError(f"calibration got no sample from {self._found.name}, {reason}: {ADVICE}.")
+
+
+def draw_training_batches_from(trainer: pl.Trainer, pl_module: pl.LightningModule, samples: int) -> CalibrationBatches:
+    """Calibrate on the loader that was given to ``trainer.fit``, and let fit run on the module's own train loader.
+
+    To be called in ``LightningModule.setup``, before the loop asks for its loader.
+
+    Args:
+        trainer: the trainer that is about to fit.
+        pl_module: the module, which defines ``train_dataloader``.
+        samples: how many samples to draw.
+
+    Raises:
+        ValueError: if no loader was given to ``fit``.
+    """
+    if trainer.fit_loop._data_source.instance is pl_module:
+        raise ValueError(
+            f"{type(pl_module).__name__} has no calibration data: call trainer.fit(stage, loader), or give it batches="
+        )
+    batches = CalibrationBatches(trainer, pl_module, "train", samples)
+    trainer.fit_loop._data_source = _DataLoaderSource(pl_module, "train_dataloader")
+    return batches
 
 
 class _Drawn(NamedTuple):

@@ -26,10 +26,12 @@ from lightning_quant.calibration import (
 from lightning_quant.callbacks.averages import averaged_copies, check_averages
 from lightning_quant.callbacks.dry_run import DryRun, dry_run
 from lightning_quant.callbacks.formats import Formats
+from lightning_quant.callbacks.reconstructing import reconstruct
 from lightning_quant.checkpoint import attach_record, detach_record, record_of
 from lightning_quant.graph import ModelGraph, select, trace
 from lightning_quant.layers import Plan, QuantizedLayer, created_biases, structure_kept
 from lightning_quant.quantizers import RangeRule
+from lightning_quant.solvers import Reconstruction
 
 
 class QuantizationCallback(Callback):
@@ -48,6 +50,9 @@ class QuantizationCallback(Callback):
             ``calibration_dataloader()`` of the module or datamodule, then the train set unshuffled, then the
             validation loader.
         during_fit: whether to calibrate in the validation loops of ``trainer.fit`` as well.
+        reconstruct: how units of the quantized model are fitted to their float twins after the ranges are found:
+            ``"adaround"``, ``"brecq"``, ``"qdrop"``, or a :class:`~lightning_quant.Reconstruction`; ``None`` rounds to
+            the nearest.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class QuantizationCallback(Callback):
         calibration_samples: int = 32,
         calibration_loader: Literal["auto", "train", "val"] | Iterable[Any] | Callable[[], Iterable[Any]] = "auto",
         during_fit: bool = False,
+        reconstruct: str | Reconstruction | None = None,
     ) -> None:
         if calibration_samples < 1:
             raise ValueError(f"calibration_samples must be at least 1, found {calibration_samples}")
@@ -69,6 +75,7 @@ class QuantizationCallback(Callback):
         self.calibration_samples = calibration_samples
         self.calibration_loader = calibration_loader
         self.during_fit = during_fit
+        self.reconstruct = None if reconstruct is None else Reconstruction.parse(reconstruct)
 
     # ---------------------------------------------------------------- what a method says
 
@@ -84,6 +91,7 @@ class QuantizationCallback(Callback):
             "overrides": self.formats.overrides,
             "target": self.target,
             "skip": self.skip,
+            "reconstruct": None if self.reconstruct is None else self.reconstruct.to_dict(),
         }
 
     def plan_for(self, model: nn.Module, graph: ModelGraph) -> Plan:
@@ -234,8 +242,18 @@ class QuantizationCallback(Callback):
             samples, stream = _peek(self.draw(batches))
             graph = trace(pl_module, lambda: run(samples))
             plan = self.plan_for(pl_module, graph)
+            plan.calibration = f"{batches.samples} samples from {batches.source}"
             with self.applied(pl_module, plan):
                 self.calibrate_plan(pl_module, plan, graph, stream, run)
+                if self.reconstruct is not None:
+                    self.reconstruct_plan(trainer, pl_module, plan, self.reconstruct)
+
+    def reconstruct_plan(
+        self, trainer: Trainer, pl_module: LightningModule, plan: Plan, settings: Reconstruction
+    ) -> None:
+        """Fit the units to their float twins, on samples of their own."""
+        batches = CalibrationBatches(trainer, pl_module, self.calibration_loader, settings.samples)
+        reconstruct(trainer, pl_module, settings, batches, list(plan.layers))
 
     @contextmanager
     def applied(self, pl_module: LightningModule, plan: Plan) -> Iterator[None]:
@@ -244,7 +262,7 @@ class QuantizationCallback(Callback):
         with structure_kept(pl_module):
             plan.apply(pl_module)
             yield
-            _require_scales(pl_module, plan)
+            require_scales(pl_module, plan)
         plans = attach_record(pl_module).plans
         others = {name for key, other in plans.items() if key != self.state_key for name in other.created}
         # an earlier fold may have left its biases behind
@@ -269,7 +287,12 @@ class QuantizationCallback(Callback):
             detach_record(pl_module)
 
 
-def _require_scales(model: nn.Module, plan: Plan) -> None:
+def require_scales(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan with a quantizer that calibration did not reach.
+
+    Raises:
+        ValueError: naming the first one.
+    """
     for name, quantizer in plan.quantizers(model).items():
         if not quantizer.calibrated:
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_quant.calibration import CalibrationBatches, feed, undisturbed
 from lightning_quant.callbacks.averages import averaged_copies
+from lightning_quant.callbacks.base import require_scales
 from lightning_quant.callbacks.fitting import check_fit, check_resumed, first_look, freeze_batchnorm
 from lightning_quant.callbacks.param_groups import group_scales
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
@@ -139,6 +140,7 @@ class QuantizationAwareTraining(PostTrainingQuantization):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the scales are trained, and find where they start, unless a checkpoint brought them."""
+        super().on_fit_start(trainer, pl_module)
         check_resumed(pl_module, self.state_key, self.learn_scales)
         plan = self._plan(pl_module)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -186,7 +188,9 @@ class QuantizationAwareTraining(PostTrainingQuantization):
         plan, run = self._plan(pl_module), partial(feed, trainer, pl_module)
         with undisturbed(pl_module), torch.compiler.set_stance("force_eager"):
             batches = CalibrationBatches(trainer, pl_module, self.calibration_loader, self.calibration_samples)
+            plan.calibration = f"{batches.samples} samples from {batches.source}"
             self.find_ranges(pl_module, plan, batches, run, self.rule)
+            require_scales(pl_module, plan)
         found = plan.quantizers(pl_module)
         for copy in averaged_copies(trainer):
             for name, quantizer in plan.quantizers(copy).items():

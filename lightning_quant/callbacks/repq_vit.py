@@ -54,7 +54,8 @@ class RepQViT(QuantizationCallback):
         first_last: format of the first and the last layer, ``None`` for no exemption.
         embeddings: format of embedding tables, ``None`` leaves them float.
         overrides: format of single layers by name pattern, ``{"blocks.0.*": "int8"}``, for weights and inputs.
-        common: ``target``, ``skip``, ``calibration_samples``, ``calibration_loader``, ``during_fit``: see
+        common: ``target``, ``skip``, ``calibration_samples``, ``calibration_loader``, ``during_fit``,
+            ``reconstruct``: see
             :class:`~lightning_quant.callbacks.base.QuantizationCallback`.
 
     Raises:

@@ -120,6 +120,7 @@ def _pack_layer(model: nn.Module, name: str, layer: QuantizedLayer, state: dict[
         except ValueError as error:
             raise ValueError(f"`{key}`: {error}") from error
         del state[key]
+        state.pop(f"{key}_quantizer.codes", None)  # the packed ones are the same
         state[f"{key}.codes"] = pack(codes, quantizer.scheme.bits)
         described[key] = {
             "scheme": str(quantizer.scheme),

@@ -6,6 +6,7 @@ from lightning_quant.graph.norms import Modulation, NormPair, Rows
 from lightning_quant.graph.patterns import attention_name, matches, matching
 from lightning_quant.graph.select import Selection, select
 from lightning_quant.graph.trace import ModelGraph, trace
+from lightning_quant.graph.units import units_of
 
 __all__ = [
     "AttentionCalls",
@@ -20,4 +21,5 @@ __all__ = [
     "matching",
     "select",
     "trace",
+    "units_of",
 ]

@@ -4,7 +4,14 @@ from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer
 from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
 from lightning_quant.layers.float_twin import as_float
-from lightning_quant.layers.learning import learn_scales, learned_parameters, learned_quantizers, settle_scales
+from lightning_quant.layers.learning import (
+    learn_scale,
+    learn_scales,
+    learned_parameters,
+    learned_quantizers,
+    settle_scale,
+    settle_scales,
+)
 from lightning_quant.layers.linear import QuantEmbedding, QuantLinear
 from lightning_quant.layers.multihead import QuantMultiheadAttention
 from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
@@ -41,12 +48,14 @@ __all__ = [
     "create_bias",
     "created_biases",
     "drop_bias",
+    "learn_scale",
     "learn_scales",
     "learned_parameters",
     "learned_quantizers",
     "quantize_attention",
     "quantize_layer",
     "restore",
+    "settle_scale",
     "settle_scales",
     "softmax_is_last",
     "structure_kept",

@@ -32,15 +32,30 @@ def learn_scales(model: nn.Module, plan: Plan, offsets: bool = False) -> None:
     ['0.weight', '0.bias']
     """
     for name, quantizer in plan.quantizers(model).items():
-        if type(quantizer) is UniformQuantizer and not quantizer.scheme.dynamic:
-            offset = offsets and quantizer.axis != 0 and not quantizer.scheme.symmetric
-            _replace(model, name, LearnedQuantizer.of(quantizer, offset))
+        learn_scale(model, name, offsets and quantizer.axis != 0)
+
+
+def learn_scale(model: nn.Module, name: str, offset: bool = False) -> LearnedQuantizer | None:
+    """Put a learned quantizer in the place of one of this name; ``None`` if its format has nothing to learn."""
+    quantizer = model.get_submodule(name)
+    if type(quantizer) is not UniformQuantizer or quantizer.scheme.dynamic:
+        return None
+    learned = LearnedQuantizer.of(quantizer, offset and not quantizer.scheme.symmetric)
+    _replace(model, name, learned)
+    return learned
 
 
 def settle_scales(model: nn.Module, plan: Plan) -> None:
     """Put plain quantizers, with the same state, in the place of learned ones."""
-    for name, quantizer in learned_quantizers(model, plan).items():
-        _replace(model, name, quantizer.settled())
+    for name in learned_quantizers(model, plan):
+        settle_scale(model, name)
+
+
+def settle_scale(model: nn.Module, name: str) -> None:
+    """Put a plain quantizer in the place of a learned one of this name."""
+    quantizer = model.get_submodule(name)
+    assert isinstance(quantizer, LearnedQuantizer)
+    _replace(model, name, quantizer.settled())
 
 
 def learned_quantizers(model: nn.Module, plan: Plan) -> dict[str, LearnedQuantizer]:

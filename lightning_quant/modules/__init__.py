@@ -1,5 +1,6 @@
 """LightningModules and mixins."""
 
 from lightning_quant.modules.mixin import CalibrationMixin
+from lightning_quant.modules.reconstruction_stage import ReconstructionStage
 
-__all__ = ["CalibrationMixin"]
+__all__ = ["CalibrationMixin", "ReconstructionStage"]

@@ -7,6 +7,7 @@ from lightning_quant.quantizers.build import build_quantizer
 from lightning_quant.quantizers.floating import FloatQuantizer, float_grid, float_max, float_quantize
 from lightning_quant.quantizers.histogram import Histogram
 from lightning_quant.quantizers.learned import LearnedQuantizer, scale_gradient
+from lightning_quant.quantizers.levels import from_steps, levels, to_steps
 from lightning_quant.quantizers.logarithmic import (
     LogQuantizer,
     log_dequantize,
@@ -37,6 +38,8 @@ __all__ = [
     "float_grid",
     "float_max",
     "float_quantize",
+    "from_steps",
+    "levels",
     "log_dequantize",
     "log_dequantize_by_parity",
     "log_fake_quantize",
@@ -47,5 +50,6 @@ __all__ = [
     "scale_gradient",
     "search",
     "straight_through",
+    "to_steps",
     "uniform_state",
 ]

@@ -41,6 +41,7 @@ class Quantizer(nn.Module, ABC):
     state_names: ClassVar[tuple[str, ...]] = ("scale",)
 
     scale: Tensor
+    codes: Tensor | None
     observer: Callable[[Tensor], Tensor] | None
 
     def __init__(self, scheme: Scheme | str, axis: int | None = None) -> None:
@@ -63,6 +64,7 @@ class Quantizer(nn.Module, ABC):
         self.observer = None
         for name in self.state_names:
             self.register_buffer(name, torch.empty(0, dtype=torch.float32))
+        self.register_buffer("codes", None)
 
     # ------------------------------------------------------------------ the maths, stated by subclasses
 
@@ -91,10 +93,14 @@ class Quantizer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``x`` rounded to the format, or ``x`` itself while observed or uncalibrated."""
-        if self.observer is not None:
-            return self.observer(x)
+        return self.rounded(x) if self.observer is None else self.observer(x)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """What :meth:`forward` returns while nobody observes."""
         if not self.calibrated:
             return x
+        if self.codes is not None:
+            return self._solved(x)
         working = x if x.dtype in (torch.float32, torch.float64) else x.float()
         view = self._view(working)
         return self.simulate(view, *self._state_for(view)).reshape(x.shape).to(x.dtype)
@@ -106,6 +112,8 @@ class Quantizer(nn.Module, ABC):
             ValueError: If the quantizer is uncalibrated or dynamic, or ``x`` holds NaN, which has no code.
         """
         self._require_stored_state("encode")
+        if self.codes is not None:
+            return self.codes.to(torch.int32)
         if bool(x.isnan().any()):
             raise ValueError(f"{self!r} cannot encode NaN; check the tensor before encoding it.")
         view = self._view(x.float())
@@ -164,11 +172,48 @@ class Quantizer(nn.Module, ABC):
             )
         if not bool((lo.isfinite() & hi.isfinite() & (lo <= hi)).all()):
             raise ValueError(f'"{self.scheme}" takes a finite range with lo <= hi, got lo {lo} and hi {hi}.')
+        self.codes = None
         for name, value in zip(self.state_names, self.state_from_range(lo, hi), strict=True):
             self._store(name, value)
 
+    @torch.no_grad()
+    def solve(self, codes: Tensor) -> None:
+        """Sets the codes of a weight once and for all, where a solver knows better than to round to the nearest.
+
+        From now on the quantizer gives back the values of these codes whatever it is given, so the float weight can
+        stay as it is: it is still what the float model computes with.
+
+        Args:
+            codes: Integer codes in the shape of the weight, as :meth:`encode` returns them.
+
+        Raises:
+            ValueError: If the quantizer is uncalibrated or dynamic.
+
+        Example:
+            >>> from lightning_quant.quantizers import UniformQuantizer
+            >>> quantizer, weight = UniformQuantizer("uint4_asym"), torch.tensor([0.0, 1.4, 2.6])
+            >>> quantizer.freeze(torch.tensor(0.0), torch.tensor(15.0))
+            >>> quantizer(weight)
+            tensor([0., 1., 3.])
+            >>> quantizer.solve(torch.tensor([0, 2, 2]))
+            >>> quantizer(weight)
+            tensor([0., 2., 2.])
+        """
+        self._require_stored_state("solve")
+        self.codes = codes.to(torch.uint8 if self.scheme.bits <= 8 else torch.int32)
+
+    def _solved(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad and self.training:
+            raise RuntimeError(
+                f"the codes behind {self!r} were solved for, so training the float weight would change nothing: call "
+                f"remove(model) of the callback that did it, or freeze the weight with requires_grad_(False)"
+            )
+        assert self.codes is not None
+        return self.decode(self.codes.to(torch.int32)).to(x.dtype)
+
     def reset(self) -> None:
         """Forgets the state, so that the quantizer is uncalibrated."""
+        self.codes = None
         for name in self.state_names:
             self._store(name, torch.empty(0, dtype=torch.float32, device=getattr(self, name).device))
 
@@ -263,6 +308,8 @@ class Quantizer(nn.Module, ABC):
             own = getattr(self, name)
             if stored.shape != own.shape:
                 self._store(name, torch.empty(stored.shape, dtype=torch.float32, device=own.device))
+        codes = state_dict.get(f"{prefix}codes")
+        self.codes = None if codes is None else torch.empty(codes.shape, dtype=codes.dtype, device=self.scale.device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

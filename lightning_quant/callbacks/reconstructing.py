@@ -1,0 +1,67 @@
+"""Run a reconstruction inside another Trainer's validation: a stage of its own, driven by a Trainer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from lightning_quant.modules import ReconstructionStage
+from lightning_quant.solvers import Reconstruction
+
+
+def reconstruct(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    settings: Reconstruction,
+    batches: Iterable[Any],
+    layers: Sequence[str],
+    state_dir: str | None = None,
+) -> ReconstructionStage:
+    """Fit the units of a quantized model to their float twins, on the devices and in the precision of a Trainer.
+
+    Args:
+        trainer: the running Trainer; its loggers get the loss curves.
+        pl_module: the quantized model.
+        settings: what is learned, and how.
+        batches: the calibration batches.
+        layers: names of the quantized layers that take part.
+        state_dir: where finished units are written.
+    """
+    stage = ReconstructionStage(pl_module, settings, batches, layers, state_dir, trainer.loggers, trainer)
+    bar = trainer.progress_bar_callback
+    shown = bar is not None and not getattr(bar, "is_disabled", False)
+    device = pl_module.device
+    inner = Trainer(
+        accelerator=device.type,
+        devices=1 if device.type == "cpu" else [device.index],  # the ranks learn together all the same
+        precision=trainer.precision,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=shown,
+        callbacks=[UnitProgress(stage)] if shown else [],
+        default_root_dir=trainer.default_root_dir,
+        use_distributed_sampler=False,
+    )
+    inner.fit(stage)
+    pl_module.to(device)  # Lightning takes its module to the CPU when a fit ends
+    return stage
+
+
+class UnitProgress(TQDMProgressBar):
+    """Lightning's progress bar, with the unit's number and name beside the loss."""
+
+    def __init__(self, stage: ReconstructionStage) -> None:
+        super().__init__(leave=False)
+        self.stage = stage
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The unit, and its loss."""
+        metrics = super().get_metrics(trainer, pl_module)
+        number = int(float(str(metrics.pop("unit", 1))))
+        shown = {"unit": f"{number}/{len(self.stage.tasks)} {self.stage.tasks[number - 1].unit}"}
+        return {**shown, **{name: value for name, value in metrics.items() if name != "v_num"}}
