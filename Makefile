@@ -3,14 +3,14 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 # triton is left out: it has nothing to run on without a GPU.
-EXTRAS := timm,diffusers,transformers,cli,bench,dev
+EXTRAS := timm,diffusers,transformers,cli,bench,docs,dev
 # Two workers with one thread each (conftest.py) fill two cores better than one process with two threads.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope
 
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test evidence lint format clean
+.PHONY: help setup demo test evidence docs lint format clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -27,6 +27,10 @@ test: .venv/ready  ## run the tests and the docstring examples, and show the cov
 evidence: .venv/ready  ## run the slow proofs: tables against reference implementations
 	@$(PYTEST) -m evidence --timeout=3000
 
+docs: .venv/ready  ## build the documentation; a warning is an error
+	@$(BIN)/python -m sphinx -q -E -W --keep-going docs docs/_build
+	@echo "Open docs/_build/index.html"
+
 lint: .venv/ready  ## check format, lint, types and the floors of the rooms
 	@$(BIN)/ruff format --check --output-format=concise .
 	@$(BIN)/ruff check --output-format=concise .
@@ -38,7 +42,7 @@ format: .venv/ready  ## format the code and apply the safe fixes
 	@$(BIN)/ruff check --fix .
 
 clean:  ## remove .venv and everything the tools left behind
-	@rm -rf .venv .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
+	@rm -rf .venv docs/_build docs/api docs/methods .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and by its exact version, for which a small CPU wheel is found: any range would end at the newest build with

@@ -4,11 +4,21 @@
 >>> callback = RepQViT(weights="int4", activations="int4")
 """
 
-from lightning_quant.callbacks import Fidelity, PostTrainingQuantization, QuantizationAwareTraining, RepQViT
+from lightning_quant.callbacks import (
+    Fidelity,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    QuantReport,
+    RectifiedSparseAttention,
+    RepQuant,
+    RepQViT,
+    UniformAttention,
+)
 from lightning_quant.checkpoint import load_quantized, save_quantized
 from lightning_quant.metrics import SQNR, CosineFidelity, NegativeFlipRate, PositiveFlipRate, TopOneAgreement
-from lightning_quant.modules import CalibrationMixin
+from lightning_quant.modules import CalibrationMixin, ReconstructionStage
 from lightning_quant.quantizers import Scheme
+from lightning_quant.solvers import Reconstruction
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,10 +29,16 @@ __all__ = [
     "NegativeFlipRate",
     "PositiveFlipRate",
     "PostTrainingQuantization",
+    "QuantReport",
     "QuantizationAwareTraining",
+    "RectifiedSparseAttention",
+    "Reconstruction",
+    "ReconstructionStage",
     "RepQViT",
+    "RepQuant",
     "Scheme",
     "TopOneAgreement",
+    "UniformAttention",
     "load_quantized",
     "save_quantized",
 ]

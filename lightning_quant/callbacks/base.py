@@ -313,8 +313,12 @@ def _peek(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
 def _summary(plan: Plan) -> str:
     formats = sorted({f"weights {layer.weights}, inputs {layer.inputs}" for layer in plan.layers.values()})
     lines = [
-        f"{plan.method} quantized {len(plan.layers)} layers ({'; '.join(formats)}) "
-        f"and {len(plan.attention)} attention sites."
+        f"{plan.method} quantized {_counted(len(plan.layers), 'layer')} ({'; '.join(formats)}) "
+        f"and {_counted(len(plan.attention), 'attention site')}."
     ]
     lines += [f"  left float: {name}: {why}" for name, why in plan.skipped.items()]
     return "\n".join(lines)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

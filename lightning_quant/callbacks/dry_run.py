@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from lightning_quant.graph import ModelGraph
@@ -65,7 +65,8 @@ class DryRun:
 
     def table(self) -> Table:
         """A rich table: one line a layer, what would be quantized first."""
-        table = Table("layer", "kind", "weights", "inputs", "size", "MACs", title=f"{self.plan.method} would quantize")
+        names = Column("layer", no_wrap=True)  # in full: they are what skip= and overrides= ask for
+        table = Table(names, "kind", "weights", "inputs", "size", "MACs", title=f"{self.plan.method} would quantize")
         for layer in sorted(self.layers, key=lambda layer: layer.why_float is not None):
             formats = (layer.weights or "float", layer.inputs or "float") if layer.why_float is None else ("float", "")
             size = (

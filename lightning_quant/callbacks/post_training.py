@@ -35,8 +35,7 @@ class PostTrainingQuantization(QuantizationCallback):
         embeddings: format of embedding tables, ``None`` leaves them float.
         overrides: format of single layers by name pattern, ``{"blocks.0.*": "int8"}``, for weights and inputs.
         common: ``target``, ``skip``, ``calibration_samples``, ``calibration_loader``, ``during_fit``,
-            ``reconstruct``: see
-            :class:`~lightning_quant.callbacks.base.QuantizationCallback`.
+            ``reconstruct``: see :class:`~lightning_quant.callbacks.base.QuantizationCallback`.
 
     Raises:
         ValueError: for an unknown format, rule or pattern, NaN in the calibration data, or a layer that must not be

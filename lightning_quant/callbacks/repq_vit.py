@@ -55,8 +55,7 @@ class RepQViT(QuantizationCallback):
         embeddings: format of embedding tables, ``None`` leaves them float.
         overrides: format of single layers by name pattern, ``{"blocks.0.*": "int8"}``, for weights and inputs.
         common: ``target``, ``skip``, ``calibration_samples``, ``calibration_loader``, ``during_fit``,
-            ``reconstruct``: see
-            :class:`~lightning_quant.callbacks.base.QuantizationCallback`.
+            ``reconstruct``: see :class:`~lightning_quant.callbacks.base.QuantizationCallback`.
 
     Raises:
         ValueError: for an unknown format or pattern, NaN in the calibration data, or a model without a LayerNorm that
@@ -150,8 +149,10 @@ class RepQViT(QuantizationCallback):
             )
         self.fit_weights(layers, self.rule)
         with fitted_in_stream(plan.activation_quantizers(model), self.rule):
+            batches = list(batches)
             for batch in batches:
                 run(batch)
+        self.refine_ranges(model, pairs, batches, run)
 
         folded = {name: model.get_submodule(name) for pair in pairs for name in (_folded_norm(pair), *pair.linears)}
         plan.created = [name for name, module in folded.items() if module.bias is None]
@@ -161,6 +162,11 @@ class RepQViT(QuantizationCallback):
                     folded[_folded_norm(pair)], [layers[name] for name in pair.linears], pair.modulation
                 )
             self.fit_weights({name: layers[name] for name in folded if name in layers}, self.rule)
+
+    def refine_ranges(
+        self, model: nn.Module, pairs: Sequence[NormPair], batches: Sequence[Any], run: Callable[[Any], Any]
+    ) -> None:
+        """Where a method built on this one has a better idea of the ranges per channel, before they are folded."""
 
     def _reparameterize(self, norm: nn.Module, linears: list[QuantizedLayer], modulation: Modulation | None) -> None:
         """Fold the norm into the linears that read it, and give them one scale for the whole tensor."""

@@ -59,6 +59,7 @@ class Plan:
         attention: formats by the name of the module that attends.
         created: names of the modules that were given a bias by the method.
         skipped: why a layer stays float, by layer name.
+        calibration: on how many samples it was calibrated and where these came from, in words.
 
     >>> net = nn.Sequential(nn.Linear(4, 2))
     >>> plan = Plan("Demo", {}, layers={"0": LayerPlan("int8_sym_channel", None)})
@@ -78,6 +79,7 @@ class Plan:
     attention: dict[str, AttentionPlan] = field(default_factory=dict)
     created: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    calibration: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as nested dicts, for JSON."""
@@ -190,7 +192,7 @@ class Plan:
                 for call, attention in enumerate(module.attention_quantizers):
                     quantizers = cast(QuantAttention, attention).activation_quantizers()
                     found |= {f"{owner}.attention_quantizers.{call}.{name}": q for name, q in quantizers.items()}
-        return found
+        return {name.removeprefix("."): q for name, q in found.items()}  # the model itself may be a site
 
     def quantizers(self, model: nn.Module) -> dict[str, Quantizer]:
         """Every quantizer of the planned modules, by full name."""

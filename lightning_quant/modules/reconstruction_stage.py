@@ -134,6 +134,8 @@ class ReconstructionStage(LightningModule):
         self.model.to(self.device)
         self._scope.enter_context(undisturbed(self.model, grad=True))
         batches = list(self._given or [])
+        if not batches:
+            raise ValueError("reconstruction got no calibration batch: raise samples= or lower the batch size")
         self._run = partial(feed, self.trainer, self.model)
         samples = first_samples(batches[0], 2)
         graph = trace(self.model, lambda: self._run(samples))
@@ -194,29 +196,37 @@ class ReconstructionStage(LightningModule):
         """Gather what a unit sees, and give the optimizer what it learns."""
         task, start = self.tasks[number], time.perf_counter()
         learning = UnitLearning(self.model, task.unit, task.phase, self.settings, self.layers)
-        scope = ExitStack()
-        if task.phase == "weights":
-            scope.enter_context(activations_float(self.model))
-        streams: set[str] = {"quantized", "float"} if self.settings.inputs == "mixed" else {self.settings.inputs}
-        if task.phase == "activations" and self.settings.inputs == "quantized":
-            streams = {"float"}  # as BRECQ has it
-        layers = learning.layers if self.settings.layer_weight else []
-        data = UnitData(
-            self.model, task.unit, self._batches, self._run, streams, layers, self.settings.loss == "fisher",
-            self.settings.cache, self._states.folder / "cache",
-        )  # fmt: skip
-        scope.callback(data.close)
-        seed = (self.settings.seed * 1_000_003 + number) * 4099 + self.ranks.global_rank
-        random = torch.Generator().manual_seed(seed)
-        scope.enter_context(learning.learn(seed))
+        with ExitStack() as scope:
+            if task.phase == "weights":
+                scope.enter_context(activations_float(self.model))
+            data = UnitData(
+                self.model,
+                task.unit,
+                self._batches,
+                self._run,
+                _streams(task.phase, self.settings.inputs),
+                learning.layers if self.settings.layer_weight else [],
+                self.settings.loss == "fisher",
+                self.settings.cache,
+                self._states.folder / "cache",
+            )
+            scope.callback(data.close)
+            seed = (self.settings.seed * 1_000_003 + number) * 4099 + self.ranks.global_rank
+            scope.enter_context(learning.learn(seed))
+            self._train(learning)
+            random = torch.Generator().manual_seed(seed)
+            gathering = time.perf_counter() - start
+            self._current = _Current(task, number + 1, data, learning, random, scope.pop_all(), gathering)
+        return self._current
+
+    def _train(self, learning: UnitLearning) -> None:
+        """Give the optimizer the Parameters of a unit, and nothing else."""
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         optimizer.state.clear()
         optimizer.param_groups.clear()
         for group in [{"params": [self.anchor], "lr": 0.0, "decay": False}, *learning.groups()]:
             optimizer.add_param_group({**group, "initial": group["lr"]})
-        self._current = _Current(task, number + 1, data, learning, random, scope, time.perf_counter() - start)
-        return self._current
 
     def clean_up(self) -> None:
         """Let go of a unit that is not finished, and of everything else."""
@@ -257,6 +267,13 @@ class ReconstructionStage(LightningModule):
     def _require_current(self) -> _Current:
         assert self._current is not None
         return self._current
+
+
+def _streams(phase: str, inputs: str) -> set[str]:
+    """Which inputs a unit is fed; the activations alone are learned on the float ones, as BRECQ has it."""
+    if inputs == "mixed":
+        return {"quantized", "float"}
+    return {"float"} if phase == "activations" else {inputs}
 
 
 class _Current:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_quant.solvers.clipping import clipping_error, learn_clips
 from lightning_quant.solvers.reconstruction import PRESETS, Reconstruction
 from lightning_quant.solvers.rounding import ROUNDINGS, JointRounding, SoftRounding, TrainedWeight, WeightRounding
 
@@ -13,4 +14,6 @@ __all__ = [
     "SoftRounding",
     "TrainedWeight",
     "WeightRounding",
+    "clipping_error",
+    "learn_clips",
 ]

@@ -91,6 +91,8 @@ class Reconstruction:
             )
         if not self.phases or not set(self.phases) <= {"weights", "activations", "joint"}:
             raise ValueError(f"phases={self.phases} must be of 'weights', 'activations' and 'joint'")
+        if sum(phase != "activations" for phase in self.phases) > 1:
+            raise ValueError(f"phases={self.phases} decide the rounding of weights more than once")
         if not 0 <= self.keep <= 1 or not 0 <= self.warmup <= 1:
             raise ValueError(f"keep={self.keep} and warmup={self.warmup} are parts, from 0 to 1")
         for name in ("iterations", "batch_size", "samples"):

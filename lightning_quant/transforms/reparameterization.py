@@ -30,8 +30,9 @@ class Reparameterization(NamedTuple):
 def per_tensor(scale: Tensor, zero_point: Tensor, round_zero_point: bool = True) -> Reparameterization:
     r"""Turn per-channel quantization parameters into per-tensor ones for :math:`\tilde X = (X + s \odot r_2) / r_1`.
 
-    .. math:: \tilde s = \text{mean}(s), \quad \tilde z = \lfloor \text{mean}(z) \rceil, \quad r_1 = s / \tilde s,
-    \quad r_2 = z - \tilde z
+    .. math::
+        \tilde s = \text{mean}(s), \quad \tilde z = \lfloor \text{mean}(z) \rceil, \quad r_1 = s / \tilde s, \quad
+        r_2 = z - \tilde z
 
     Then :math:`\tilde X / \tilde s + \tilde z = X / s + z`: the codes are the same.
 

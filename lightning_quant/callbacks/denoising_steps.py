@@ -1,0 +1,73 @@
+"""Which step of a denoising trajectory a diffusion model is in, by the timestep that it is really called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+
+
+class DenoisingSteps:
+    """Counts the timesteps of a trajectory; calls with the same timestep, as guidance makes them, are one step.
+
+    A trajectory begins anew where its first timestep comes back.
+
+    >>> steps = DenoisingSteps()
+    >>> [steps.see(timestep) for timestep in (999, 999, 500, 0, 999)]
+    [0, 0, 1, 2, 0]
+    """
+
+    def __init__(self) -> None:
+        self.step = -1
+        self._first: float | None = None
+        self._last: float | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def see(self, timestep: float) -> int:
+        """A denoiser is called with this timestep: which step that is."""
+        if timestep == self._last:
+            return self.step
+        if self._first is None or timestep == self._first:
+            self._first, self.step = timestep, -1
+        self._last = timestep
+        self.step += 1
+        return self.step
+
+    def restart(self) -> None:
+        """The next timestep begins a trajectory."""
+        self.step, self._first, self._last = -1, None, None
+
+    def watch(self, model: nn.Module, sites: Iterable[str]) -> list[str]:
+        """Follow the outermost networks that hold these attention sites and take a timestep; their names."""
+        denoisers: dict[str, str] = {}  # name -> argument
+        for site in sites:
+            parts = site.split(".")
+            for end in range(1, len(parts) + 1):
+                name = ".".join(parts[:end])
+                taken = inspect.signature(model.get_submodule(name).forward).parameters
+                argument = next((argument for argument in TIMESTEP_NAMES if argument in taken), None)
+                if argument is not None:
+                    denoisers[name] = argument
+                    break
+        for name, argument in denoisers.items():
+            denoiser = model.get_submodule(name)
+            self._handles.append(denoiser.register_forward_pre_hook(self._hook(argument), with_kwargs=True))
+        return list(denoisers)
+
+    def forget(self) -> None:
+        """Take the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _hook(self, argument: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get(argument)
+            if given is not None:
+                self.see(float(given.flatten()[0]) if isinstance(given, Tensor) else float(given))
+
+        return hook

@@ -1,0 +1,81 @@
+"""Attention to listed blocks of keys: one function, several backends."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_quant.kernels.sparse_attention.lists import BlockLists
+from lightning_quant.kernels.sparse_attention.rectification import Rectification
+
+Backend = Literal["auto", "triton", "torch", "flex"]
+
+
+def why_not(backend: Backend, query: Tensor) -> str | None:
+    """Why a backend cannot serve this query, or ``None`` if it can.
+
+    >>> import torch
+    >>> why_not("torch", torch.ones(1, 1, 4, 8)) is None
+    True
+    """
+    if backend in ("auto", "torch"):
+        return None
+    if not query.is_cuda:
+        return f"the tensors are on {query.device.type}, and backend={backend!r} needs a CUDA device"
+    if backend == "triton" and find_spec("triton") is None:
+        return "triton is not installed: pip install lightning-quant[triton]"
+    if backend == "triton" and query.element_size() != 2:
+        return f"the Triton kernel takes bfloat16 and float16, found {query.dtype}"
+    return None
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: BlockLists,
+    block: int,
+    *,
+    blocked: int | None = None,
+    scale: float | None = None,
+    valid: Tensor | None = None,
+    causal: bool = False,
+    rectification: Rectification | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Softmax attention of each query block to its listed key blocks and to all keys behind the blocked ones.
+
+    A query with nothing to see answers 0 (and the addend of its rectification).
+
+    Args:
+        query: (B, Hq, L, d).
+        key: (B, Hkv, S, d); Hq is a multiple of Hkv.
+        value: (B, Hkv, S, dv).
+        lists: the kept blocks of ``ceil(L / block)`` query blocks.
+        block: tokens per block, of queries and of keys; the last ones may be ragged.
+        blocked: how many of the keys, from the first, stand in blocks; default: all. Every query sees the others.
+        scale: of the softmax; default: ``d ** -0.5``.
+        valid: which keys are not padding: (B, S) bool.
+        causal: a query sees no blocked key behind its own position.
+        rectification: factor and addend per query block.
+        backend: ``"auto"``: Triton where it can serve, else torch. Without a gradient.
+
+    Returns:
+        (B, Hq, L, dv).
+
+    Raises:
+        RuntimeError: if the backend that was asked for cannot serve.
+    """
+    if reason := why_not(backend, query):
+        raise RuntimeError(f"backend={backend!r} cannot serve this attention: {reason}")
+    if backend == "auto":
+        backend = "triton" if query.is_cuda and why_not("triton", query) is None else "torch"
+    blocked = key.size(2) if blocked is None else blocked
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    # Imported when it first serves: triton may be absent, and triton and flex_attention are slow to import.
+    served = import_module(f"{__package__}.block_sparse_{backend}")
+    out: Tensor = served.attend(query, key, value, lists, block, blocked, scale, valid, causal, rectification)
+    return out
