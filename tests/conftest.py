@@ -7,7 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import CASES, METHODS, Case
 from tests.real import ASSETS
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Every line of the table: what holds for every method."""
+    return request.param
+
+
+@pytest.fixture(params=METHODS.values(), ids=METHODS)
+def method(request: pytest.FixtureRequest) -> Case:
+    """One mild line for each method that quantizes a transformer by validating it."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

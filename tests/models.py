@@ -79,13 +79,46 @@ class TinyTransformer(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+class NoBias(TinyTransformer):
+    """Folding has to create biases in it."""
+
+    def __init__(self) -> None:
+        super().__init__(bias=False)
+
+
+class NoDropout(TinyTransformer):
+    """What a fit makes of it depends on the data alone."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+
+
+class Small(L.LightningModule):
+    """One block, for the compiler takes its time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(Block(), nn.Linear(WIDTH, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).mean(1)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.note(F.cross_entropy(self(batch[0]), batch[1]))
+
+    @torch.compiler.disable  # or the compiler goes through all of Lightning's logging
+    def note(self, loss: Tensor) -> None:
+        self.log("loss", loss)
+
+
 class Sequences(L.LightningDataModule):
     """Random sequences with labels; the training part calibrates."""
 
-    def __init__(self, batch_size: int = 8, samples: int = SAMPLES) -> None:
+    def __init__(self, batch_size: int = 8, samples: int = SAMPLES, shuffle: bool = True) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.batch_size = batch_size
+        self.batch_size, self.shuffle = batch_size, shuffle
         self.train, self.val = (
             TensorDataset(
                 torch.randn(samples, TOKENS, WIDTH, generator=generator),
@@ -95,7 +128,7 @@ class Sequences(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)
+        return DataLoader(self.train, batch_size=self.batch_size, shuffle=self.shuffle)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val, batch_size=self.batch_size)

@@ -1,8 +1,10 @@
 """``lightning-quant``: LightningCLI with the quantization callbacks at hand."""
 
+import logging
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -33,8 +35,14 @@ class Net(L.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         self.log("accuracy", (self(batch[0]).argmax(-1) == batch[1]).float().mean())
+        self.log("output", self(batch[0]).abs().sum())
         quantizer = getattr(self.head, "weight_quantizer", None)
         self.log("bits", 32.0 if quantizer is None else float(quantizer.scheme.bits))
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -43,12 +51,14 @@ class Net(L.LightningModule):
 class Data(L.LightningDataModule):
     def __init__(self, samples: int = 64):
         super().__init__()
-        self.set = TensorDataset(torch.randn(samples, 4, 16), torch.randint(2, (samples,)))
+        generator = torch.Generator().manual_seed(0)
+        inputs, labels = torch.randn(samples, 4, 16, generator=generator), torch.arange(samples) % 2
+        self.set = TensorDataset(inputs, labels)
 
     def train_dataloader(self):
         return DataLoader(self.set, batch_size=16)
 
-    val_dataloader = train_dataloader
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 """
 ISSUE = """
 trainer:
@@ -56,6 +66,7 @@ trainer:
     - class_path: lightning_quant.RepQViT
       init_args: {weights: int4, activations: int4}
 """
+VERBS = ("methods", "plan", "validate", "fit", "test", "predict")
 MODEL_AND_DATA = """
 model: my_model.Net
 data: my_model.Data
@@ -70,8 +81,9 @@ trainer:
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     """A working directory with a model of one's own, and no trace of it afterwards."""
+    monkeypatch.setattr(sys, "argv", ["lightning-quant"])
     (tmp_path / "my_model.py").write_text(MODEL)
     path = list(sys.path)
     yield tmp_path
@@ -145,14 +157,9 @@ def test_every_argument_can_be_written_in_yaml(monkeypatch):
     repq = {"weights": "int3", "activations": "int5", "stem_activations": None, "percentiles": [0.99, 0.999], "round_zero_point": False}  # fmt: skip  # noqa: E501
     validate(("PostTrainingQuantization", {**common, **ptq, "first_last": None}), ("RepQViT", {**common, **repq}))
     first, second = seen
-    assert first.arguments == {
-        **{key: common[key] for key in ("attention", "embeddings", "overrides", "target", "skip")},
-        **{**ptq, "first_last": None},
-    }
-    assert second.arguments == {
-        **{key: common[key] for key in ("attention", "first_last", "embeddings", "overrides", "target", "skip")},
-        **repq,
-    }
+    decisive = {key: common[key] for key in ("attention", "first_last", "embeddings", "overrides", "target", "skip")}
+    for callback, given in ((first, {**decisive, **ptq, "first_last": None}), (second, {**decisive, **repq})):
+        assert {key: callback.arguments[key] for key in given} == given
     for callback in seen:
         assert (callback.calibration_samples, callback.calibration_loader, callback.during_fit) == (7, "train", True)
 
@@ -166,12 +173,24 @@ def test_fit_and_calibrate_in_its_validation():
     main(["fit", "--config", config, "--trainer.default_root_dir=run"])
 
 
-@pytest.mark.parametrize("args", [["--help"], ["validate", "--help"]])
-def test_help(args, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(args)
+@pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
+def test_help_names_every_verb_and_shows_a_config_that_works(args, capsys):
+    main(args)
     printed = capsys.readouterr().out
-    assert stop.value.code == 0 and "usage:" in printed and ("--config" in printed or "validate" in printed)
+    assert re.findall(r"^  (\w+)   ", printed, re.MULTILINE) == [*VERBS]
+    assert max(map(len, printed.splitlines())) <= 100
+    example = re.search(r"a config:\n((?:  .*\n)+)", printed)[1]
+    Path("example.yaml").write_text(textwrap.dedent(example))
+    main(["validate", "--config", "example.yaml", "--trainer.logger=false"])
+    assert metric(capsys.readouterr().out, "bits") == 4
+
+
+@pytest.mark.parametrize("verb", ["plan", "validate", "fit", "test", "predict"])
+def test_help_of_a_verb(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "--save_quantized" in printed and "--trainer.callbacks" in printed
 
 
 def is_callback(found):
@@ -205,30 +224,181 @@ def test_print_config_round_trips(capsys):
     assert metric(capsys.readouterr().out, "bits") == 4
 
 
-@pytest.mark.parametrize(
-    ("callback", "reason"),
-    [
-        (("RepQViT", {"weigths": "int4"}), "weigths"),
-        (("RepQViT", {"calibration_samples": "many"}), "calibration_samples"),
-        (("lightning_quant.RepQVit", {}), "RepQVit"),
-    ],
-    ids=["misspelt argument", "wrong type", "misspelt class"],
-)
-def test_mistakes_exit_with_2_and_say_why(callback, reason, capsys):
+# ---------------------------------------------------------------- verbs of our own
+
+
+def test_plan_shows_the_layers_and_changes_nothing(capsys):
+    write("config.yaml", trainer=quiet(("RepQViT", {"weights": "int4"})), **yaml.safe_load(MODEL_AND_DATA))
+    before = sorted(Path.cwd().rglob("*"))
+    main(["plan", "--config", "config.yaml"])
+    printed = capsys.readouterr().out
+    assert "RepQViT would quantize" in printed and "Nothing was changed" in printed
+    assert re.search(r"qkv +│ Linear +│ int4_asym_channel", printed) and "accuracy" not in printed
+    assert [path for path in sorted(Path.cwd().rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+def test_plan_of_two_callbacks_is_two_tables(capsys):
+    first = ("PostTrainingQuantization", {"target": "qkv", "attention": False})
+    second = ("PostTrainingQuantization", {"target": "head", "weights": "int4"})
+    config = write("config.yaml", trainer=quiet(first, second), **yaml.safe_load(MODEL_AND_DATA))
+    main(["plan", "--config", config])
+    printed = capsys.readouterr().out
+    assert printed.count("would quantize") == 2 and "int8" in printed and "int4" in printed
+
+
+def test_plan_needs_a_quantization_callback(capsys):
+    config = write("config.yaml", trainer=quiet(("Fidelity", {})), **yaml.safe_load(MODEL_AND_DATA))
+    assert "names no quantization callback" in mistake(["plan", "--config", config], capsys)
+
+
+def test_methods_lists_every_callback_as_it_describes_itself(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["methods"])
+    printed = capsys.readouterr().out
+    for name in CALLBACKS:
+        sentence = getattr(lightning_quant, name).__doc__.splitlines()[0].replace("``", "")
+        assert re.search(rf"^{name} +{re.escape(sentence)} *$", printed, re.MULTILINE)
+
+
+def test_a_saved_model_comes_back_with_the_same_metrics(capsys):
+    config = write("c.yaml", trainer=quiet(("RepQViT", {"weights": "int4"})), **yaml.safe_load(MODEL_AND_DATA))
+    main(["validate", "--config", config, "--save_quantized", "w4a4"])
+    printed = capsys.readouterr().out
+    assert "The quantized model is in w4a4" in printed
+    assert sorted(path.name for path in Path("w4a4").iterdir()) == ["model.safetensors", "quantization.json"]
+    main(["test", "--config", config, "--load_quantized", "w4a4", "--seed_everything=7"])  # other float weights
+    assert metric(capsys.readouterr().out, "output") == metric(printed, "output")
+    main(["predict", "--config", config, "--load_quantized", "w4a4"])
+
+
+def test_quantization_aware_training_is_saved_after_fit(capsys):
+    callback = ("QuantizationAwareTraining", {"weights": "int4"})
+    config = write("c.yaml", trainer=quiet(callback, max_epochs=1), **yaml.safe_load(MODEL_AND_DATA))
+    main(["fit", "--config", config, "--save_quantized", "trained", "--trainer.enable_checkpointing=false"])
+    main(["test", "--config", config, "--load_quantized", "trained"])
+    assert metric(capsys.readouterr().out, "bits") == 8  # the head is the last layer: first_last
+
+
+def test_without_a_logger_no_config_is_written_over_ones_own():
+    config = write("config.yaml", trainer=quiet(("RepQViT", {})), **yaml.safe_load(MODEL_AND_DATA))
+    before = Path(config).read_text()
+    main(["validate", "--config", config])
+    assert Path(config).read_text() == before
+
+
+def test_version_names_what_decides_the_result(capsys):
+    main(["--version"])
+    names = capsys.readouterr().out.split(", ")
+    assert [name.split()[0] for name in names] == ["lightning-quant", "lightning", "torch"]
+    assert names[0] == f"lightning-quant {lightning_quant.__version__}"
+
+
+def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert "pip install 'lightning-quant[cli]'" in mistake(["validate", "--config", "config.yaml"], capsys)
+    main(["methods"])  # needs no parser
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def mistake(args, capsys):
+    """The one line that a mistake leaves on stderr."""
     with pytest.raises(SystemExit) as stop:
-        validate(callback)
-    assert stop.value.code == 2 and reason in capsys.readouterr().err
+        main(args)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ") and len(line) < 300
+    return line
 
 
-def test_a_wrong_format_says_so():
-    with pytest.raises(ValueError, match='weights: "int1" is not a number format'):
-        validate(("RepQViT", {"weights": "int1"}))
+@pytest.mark.parametrize(
+    ("callback", "line"),
+    [
+        (("RepQViT", {"weigths": "int4"}), "RepQViT: Option 'weigths' is not accepted; did you mean weights?"),
+        (("RepQViT", {"calibration_samples": "many"}), "calibration_samples: expected a int. Got value: many"),
+        (("RepQViT", {"overrides": 3}), "overrides: expected a collections.abc.Mapping, found 3"),
+        (("RepQVit", {}), "trainer.callbacks: there is no class RepQVit; did you mean RepQViT?"),
+        (("lightning_quant.RepQVit", {}), "module 'lightning_quant' has no attribute 'RepQVit'"),
+        (("my_model.Net", {}), "import path my_model.Net does not correspond to a subclass of Callback"),
+        (("RepQViT", {"weights": "int1"}), 'weights: "int1" is not a number format: signed integers have 2 to 16'),
+        (("PostTrainingQuantization", {"ranges": "best"}), '"best" is not a range rule'),
+        (("RepQViT", {"skip": ["hed"]}), "skip: the pattern 'hed' matches no layer that can be quantized; there are"),
+        (("RepQViT", {"overrides": {"hed": "int8"}}), "overrides: the pattern 'hed' matches no layer"),
+        (("RepQViT", {"target": "hed"}), "target: the pattern 'hed' matches no layer"),
+    ],
+    ids=lambda value: "" if isinstance(value, tuple) else re.sub(r"\W+", "-", value)[:40],
+)
+def test_a_mistake_in_a_callback(callback, line, capsys):
+    config = write("config.yaml", trainer=quiet(callback), **yaml.safe_load(MODEL_AND_DATA))
+    assert line in mistake(["validate", "--config", config], capsys)
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["validate", "--config", "no.yaml"], "config: file does not exist"),
+        (["validate", "--config", "mine.yaml", "--ckpt_path", "no.ckpt"], "--ckpt_path: there is no no.ckpt"),
+        (["validate", "--config", "mine.yaml", "--load_quantized", "no"], "no lacks `quantization.json`"),
+        (["validate", "--config", "mine.yaml", "--modle.width=3"], "unrecognized arguments: --modle.width=3"),
+        (["validate", "--config", "mine.yaml", "--trainer.acelerator=cpu"], "did you mean trainer.accelerator?"),
+        (["validate", "--config", "mine.yaml", "--trainer.max_epochs=many"], "max_epochs: expected a int, found many"),
+        (["validate", "--config", "mine.yaml", "--model=my_model.Nett"], "module 'my_model' has no attribute 'Nett'"),
+        (["validate", "--config", "mine.yaml", "--model=my_modle.Net"], "No module named 'my_modle'"),
+        (["validate", "--config", "mine.yaml", "--model.widht=3"], "Option 'widht' is not accepted"),
+        (["validate", "--config", "mine.yaml", "--save_quantized", "to"], "Net is not quantized: run trainer.validate"),
+        (["validate", "--config", "broken.yaml"], "Problems parsing config: while parsing"),
+        (["validate"], "validate.model; name it in a config"),
+        (["valdate", "--config", "mine.yaml"], "invalid choice: 'valdate' (choose from"),
+        (["test", "--config", "quantized.yaml"], "PostTrainingQuantization has not calibrated this Net: run"),
+        (["validate", "--model=my_model.Net", "--trainer.logger=false"], "`val_dataloader` must be implemented"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_a_mistake_on_the_command_line(args, line, capsys):
+    parts = yaml.safe_load(MODEL_AND_DATA)
+    write("mine.yaml", trainer=quiet(), **parts)
+    write("quantized.yaml", trainer=quiet(("PostTrainingQuantization", {})), **parts)
+    Path("broken.yaml").write_text("trainer: [")
+    assert line in mistake(args, capsys)
+
+
+@pytest.mark.parametrize("verb", ["plan", "validate"])
+def test_a_bug_in_the_model_keeps_its_trace(verb, folder):
+    (folder / "my_model.py").write_text(MODEL.replace(".chunk(3, -1)", ".reshape(3, 5)"))
+    config = write("config.yaml", trainer=quiet(("RepQViT", {})), **yaml.safe_load(MODEL_AND_DATA))
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        main([verb, "--config", config])
+
+
+@pytest.mark.parametrize("error", ["ValueError", "TypeError"])
+def test_an_error_that_the_model_raises_keeps_its_trace(error, folder):
+    (folder / "my_model.py").write_text(MODEL.replace("return self.head", f"raise {error}('mine'); self.head"))
+    config = write("config.yaml", trainer=quiet(("RepQViT", {})), **yaml.safe_load(MODEL_AND_DATA))
+    with pytest.raises({"ValueError": ValueError, "TypeError": TypeError}[error], match="mine"):
+        main(["validate", "--config", config])
+
+
+def test_an_operation_that_fails_in_this_package_keeps_its_trace(monkeypatch):
+    monkeypatch.setattr("lightning_quant.callbacks.base.select", None)
+    config = write("config.yaml", trainer=quiet(("RepQViT", {})), **yaml.safe_load(MODEL_AND_DATA))
+    with pytest.raises(TypeError, match="not callable"):
+        main(["validate", "--config", config])
+
+
+def test_what_a_run_logs_goes_to_stdout_and_logging_is_put_back(capsys):
+    handlers = [handler for handler in logging.getLogger("lightning.pytorch").handlers if hasattr(handler, "stream")]
+    streams = [handler.stream for handler in handlers]
+    validate(("RepQViT", {}))
+    assert streams and [handler.stream for handler in handlers] == streams
+    assert not any(handler.filters for handler in handlers)
+    printed = capsys.readouterr()
+    assert "RepQViT quantized 2 layers" in printed.out and "Tip" not in printed.out and printed.err == ""
 
 
 def test_the_working_directory_is_put_on_the_path_once(folder):
     for _ in range(2):
         with pytest.raises(SystemExit):
-            main(["--help"])
+            main(["validate", "--help"])
     assert sys.path.count(str(folder)) == 1
 
 
