@@ -8,15 +8,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_quant import PostTrainingQuantization, RepQViT
 from lightning_quant.quantizers import Quantizer
-from tests.callbacks.cases import every_method, is_float, ptq, quantized, repq
 from tests.callbacks.unchanged import left_as_it_was, refused, scales
-from tests.models import TOKENS, WIDTH, Sequences, TinyTransformer, trainer, validate
-
-
-class NoBias(TinyTransformer):
-    def __init__(self):
-        super().__init__(bias=False)
-
+from tests.cases import is_float, ptq, quantized, repq
+from tests.models import TOKENS, WIDTH, NoBias, Sequences, TinyTransformer, trainer, validate
 
 # ---------------------------------------------------------------- data
 
@@ -27,7 +21,6 @@ def spoilt(value, sample=13):
     return data
 
 
-@every_method
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_batch_with_nan_or_infinity_is_refused_by_the_layer_that_met_it(method, value):
     model = TinyTransformer()
@@ -75,7 +68,6 @@ EMPTY = {
 }
 
 
-@every_method
 @pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY)
 def test_an_empty_loader_is_refused(method, empty):
     model = TinyTransformer()
@@ -88,7 +80,6 @@ class NoTrainSet(Sequences):
         raise FileNotFoundError("the train set is on another machine")
 
 
-@every_method
 def test_a_train_loader_that_fails_is_named_or_passed_over(method):
     model = TinyTransformer()
     with refused(model, "FileNotFoundError: the train set is on another machine"):
@@ -103,14 +94,12 @@ class RaisesLate(IterableDataset):
         raise OSError("the disk is gone")
 
 
-@every_method
 def test_a_loader_that_fails_in_the_middle(method):
     model = TinyTransformer()
     with refused(model, "the disk is gone", OSError):
         validate(model, method(calibration_loader=DataLoader(RaisesLate(), batch_size=8), calibration_samples=999))
 
 
-@every_method
 def test_a_loader_shorter_than_asked_warns_and_works(method):
     model, whole = TinyTransformer(), TinyTransformer()
     with pytest.warns(UserWarning, match="calibration_samples=999, but the train loader has only 64 samples"):
@@ -118,7 +107,6 @@ def test_a_loader_shorter_than_asked_warns_and_works(method):
     assert validate(whole, method(calibration_samples=64)) == metrics and scales(whole) == scales(model)
 
 
-@every_method
 @pytest.mark.parametrize("samples", [1, 7, 13])
 def test_odd_numbers_of_samples(method, samples):
     model = TinyTransformer()
@@ -170,7 +158,6 @@ def interrupted_then_right(monkeypatch, build, method, owner, name, call, **data
     assert scales(model) == scales(undisturbed)
 
 
-@every_method
 @pytest.mark.parametrize("call", [1, 2], ids=["tracing", "first batch"])
 def test_interrupted_in_a_forward(method, call, monkeypatch):
     interrupted_then_right(monkeypatch, NoBias, method, TinyTransformer, "forward", call)
@@ -180,7 +167,6 @@ def test_interrupted_in_the_middle_of_the_batches(monkeypatch):
     interrupted_then_right(monkeypatch, TinyTransformer, ptq, TinyTransformer, "forward", 4)
 
 
-@every_method
 @pytest.mark.parametrize("call", [1, 6, 15])
 def test_interrupted_while_the_structure_is_built(method, call, monkeypatch):
     from lightning_quant.layers import base
@@ -188,7 +174,6 @@ def test_interrupted_while_the_structure_is_built(method, call, monkeypatch):
     interrupted_then_right(monkeypatch, NoBias, method, base, "build_quantizer", call)
 
 
-@every_method
 @pytest.mark.parametrize("call", [1, 3])
 def test_interrupted_in_the_weight_search(method, call, monkeypatch):
     interrupted_then_right(monkeypatch, NoBias, method, Quantizer, "fit", call)
@@ -289,7 +274,6 @@ def test_a_group_that_does_not_divide_is_refused_by_name():
         validate(model, ptq(weights="int4_g7"))
 
 
-@every_method
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
@@ -313,28 +297,6 @@ def test_a_pattern_that_matches_nothing_is_refused(method, argument, words):
 # ---------------------------------------------------------------- no calibration yet
 
 
-@every_method
-@pytest.mark.parametrize("verb", ["test", "predict"])
-def test_test_and_predict_before_any_calibration_are_refused(method, verb):
-    model = TinyTransformer()
-    with refused(
-        model, rf"has not calibrated .* trainer\.validate\(model, \.\.\.\) before trainer\.{verb}", RuntimeError
-    ):
-        getattr(trainer(method()), verb)(model, datamodule=Sequences())
-    assert is_float(model)
-
-
-@every_method
-def test_a_fit_before_any_calibration_is_plain_training(method):
-    model, plain = TinyTransformer(dropout=0.0), TinyTransformer(dropout=0.0)
-    for module, callbacks in ((model, [method()]), (plain, [])):
-        torch.manual_seed(0)
-        trainer(*callbacks, max_epochs=1).fit(module, datamodule=Sequences())
-    assert is_float(model)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
-
-
-@every_method
 def test_validate_without_a_batch_calibrates_nothing_and_predict_still_says_so(method):
     model, run = TinyTransformer(), trainer(method(), limit_val_batches=0)
     with left_as_it_was(model):

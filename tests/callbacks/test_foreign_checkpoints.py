@@ -10,16 +10,9 @@ import torch
 from torch import nn
 
 from lightning_quant import CalibrationMixin, PostTrainingQuantization, RepQViT, load_quantized, save_quantized
-from tests.callbacks.cases import every_method, is_float, ptq, quantized, repq
 from tests.callbacks.unchanged import left_as_it_was, refused, scales
-from tests.models import Sequences, TinyTransformer, trainer, validate
-
-
-class NoBias(TinyTransformer):
-    """RepQViT creates biases in it."""
-
-    def __init__(self):
-        super().__init__(bias=False)
+from tests.cases import is_float, ptq, quantized, repq
+from tests.models import NoBias, Sequences, TinyTransformer, trainer, validate
 
 
 class WithMixin(CalibrationMixin, NoBias):
@@ -101,7 +94,6 @@ def test_a_checkpoint_from_another_plan_is_refused(made_by, given, words, tmp_pa
         assert is_float(model)
 
 
-@every_method
 def test_a_checkpoint_from_another_plan_leaves_a_calibrated_model_as_it_was(method, tmp_path):
     checkpoint(tmp_path / "q.ckpt", method(weights="int4"))
     model, callback = NoBias(), method()
@@ -123,7 +115,6 @@ def test_a_model_that_another_plan_quantized_is_refused():
     assert validate(model, ptq()) == metrics
 
 
-@every_method
 def test_a_quantized_checkpoint_without_any_callback(method, stored):
     model = NoBias()
     with (
@@ -136,7 +127,6 @@ def test_a_quantized_checkpoint_without_any_callback(method, stored):
     assert is_float(model)
 
 
-@every_method
 def test_a_float_checkpoint_with_the_callback_is_calibrated_after_loading(method, tmp_path):
     source, run = NoBias(), trainer()
     with torch.no_grad():
@@ -149,7 +139,6 @@ def test_a_float_checkpoint_with_the_callback_is_calibrated_after_loading(method
     assert validate(NoBias(), method(), ckpt_path=tmp_path / "float.ckpt") == validate(source, method())
 
 
-@every_method
 def test_a_checkpoint_of_another_architecture_is_refused(method, stored):
     class Shallow(NoBias):
         def __init__(self):
@@ -175,7 +164,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(method, stored):
             assert is_float(model)
 
 
-@every_method
 def test_a_checkpoint_for_a_model_that_cannot_be_swapped_is_refused(method, stored):
     model = NoBias()
     model.blocks[0].fc2.forward = model.blocks[0].fc2.forward
@@ -186,7 +174,6 @@ def test_a_checkpoint_for_a_model_that_cannot_be_swapped_is_refused(method, stor
 # ---------------------------------------------------------------- cut short
 
 
-@every_method
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_file_cut_short(method, share, stored):
     whole = stored.read_bytes()
@@ -242,7 +229,6 @@ LACKING = {
 }
 
 
-@every_method
 @pytest.mark.parametrize("fragments", LACKING.values(), ids=LACKING)
 def test_a_state_dict_that_lacks_keys_of_a_layer_is_refused_before_anything_is_changed(method, fragments, stored):
     lacking(stored, *fragments)
@@ -256,7 +242,6 @@ def test_a_state_dict_that_lacks_keys_of_a_layer_is_refused_before_anything_is_c
         assert is_float(model)
 
 
-@every_method
 def test_a_truncated_checkpoint_leaves_a_calibrated_model_as_it_was(method, stored):
     lacking(stored, "blocks.1.fc2.weight_quantizer")
     model = NoBias()
@@ -267,7 +252,6 @@ def test_a_truncated_checkpoint_leaves_a_calibrated_model_as_it_was(method, stor
     assert scales(model) == found and validate(model) == metrics
 
 
-@every_method
 def test_a_truncated_checkpoint_of_another_structure_leaves_a_calibrated_model_as_it_was(method, tmp_path):
     """Quantizers, created biases and all: an optimizer may hold them."""
     checkpoint(tmp_path / "q.ckpt", method(skip=["head"], weights="int4"))
@@ -319,7 +303,6 @@ def test_what_a_plan_does_not_have_is_not_missed(arguments, tmp_path):
     assert validate(Attending(), ptq(**arguments), ckpt_path=tmp_path / "q.ckpt") == want
 
 
-@every_method
 def test_the_plan_itself_is_lost(method, stored):
     """Without its plan a quantized state dict looks like a float one with keys too many."""
     content = torch.load(stored, weights_only=True)

@@ -14,17 +14,8 @@ from torch.utils.data import DataLoader
 from lightning_quant import CalibrationMixin, PostTrainingQuantization, RepQViT, load_quantized, save_quantized
 from lightning_quant.layers import QuantizedLayer
 from tests.callbacks.unchanged import bits, facts, left_as_it_was, refused, scales
+from tests.cases import ptq, repq
 from tests.models import CLASSES, TOKENS, WIDTH, Sequences, TinyTransformer, trainer, validate
-
-METHODS = {
-    "ptq": lambda **kw: PostTrainingQuantization(weights="int8", activations="int8", ranges="minmax", **kw),
-    "repq": lambda **kw: RepQViT(weights="int8", activations="int8", **kw),
-}
-
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    return METHODS[request.param]
 
 
 def quantized(model):
@@ -117,7 +108,7 @@ def images():
 
 
 def test_7926_several_inputs_and_a_keyword():
-    model, callback = TwoInputsPredict(), METHODS["ptq"](calibration_loader="val")
+    model, callback = TwoInputsPredict(), ptq(calibration_loader="val")
     before = trainer().validate(model, images(), verbose=False)[0]["mean"]
     after = trainer(callback).validate(model, images(), verbose=False)[0]["mean"]
     assert type(model.conv).__name__ == "QuantConv2d" and 0 < abs(before - after) < 0.02 * before
@@ -129,7 +120,7 @@ def test_7926_several_inputs_and_a_keyword():
 def test_7926_several_inputs_that_calibration_cannot_guess_are_refused():
     model = TwoInputs()
     with refused(model, "calibration_step", TypeError):
-        trainer(METHODS["ptq"](calibration_loader="val")).validate(model, images(), verbose=False)
+        trainer(ptq(calibration_loader="val")).validate(model, images(), verbose=False)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -226,7 +217,7 @@ def test_11047_pruning_and_quantization_in_one_fit(pruning_first, lottery, tmp_p
         use_lottery_ticket_hypothesis=lottery,
         make_pruning_permanent=False,
     )
-    quantization = METHODS["ptq"](during_fit=True)
+    quantization = ptq(during_fit=True)
     run = trainer(*((pruning, quantization) if pruning_first else (quantization, pruning)), max_epochs=3)
     run.fit(model, datamodule=Sequences(32))
     assert quantization.is_calibrated(model) and quantized(model) == 10
@@ -247,7 +238,7 @@ def test_11047_pruning_and_quantization_in_one_fit(pruning_first, lottery, tmp_p
 
 @pytest.mark.parametrize("pruning_first", [True, False])
 def test_11047_a_checkpoint_of_both_holds_plain_pruned_weights(pruning_first, tmp_path):
-    model, quantization = TinyTransformer(), METHODS["ptq"](during_fit=True)
+    model, quantization = TinyTransformer(), ptq(during_fit=True)
     pruning = ModelPruning("l1_unstructured", prunable(model), ["weight"], amount=0.5)
     run = trainer(*((pruning, quantization) if pruning_first else (quantization, pruning)), max_epochs=2)
     run.fit(model, datamodule=Sequences(32))
@@ -255,7 +246,7 @@ def test_11047_a_checkpoint_of_both_holds_plain_pruned_weights(pruning_first, tm
     assert (effective(model.head) == 0).float().mean() > 0.7
     run.save_checkpoint(tmp_path / "both.ckpt")
     fresh = TinyTransformer()
-    assert validate(fresh, METHODS["ptq"](during_fit=True), ckpt_path=tmp_path / "both.ckpt") == want
+    assert validate(fresh, ptq(during_fit=True), ckpt_path=tmp_path / "both.ckpt") == want
     assert torch.equal(effective(fresh.head), effective(model.head))
 
 
@@ -265,7 +256,7 @@ def test_11047_masks_that_are_in_force_while_a_model_is_quantized(tmp_path):
         prune.l1_unstructured(layer, name, amount=0.6)
     before = validate(model)
     with left_as_it_was(model):
-        callback = METHODS["ptq"]()
+        callback = ptq()
         after = validate(model, callback)
         assert quantized(model) == 10 and 0 < abs(before["loss"] - after["loss"]) < 0.1
         for layer, _ in prunable(model):
@@ -280,12 +271,12 @@ def test_11047_folding_into_a_masked_layer_is_refused():
         for layer in (block.qkv, block.fc1):
             prune.l1_unstructured(layer, "weight", amount=0.6)
     with refused(model, "RepQViT folds .* none that can be folded"):
-        validate(model, METHODS["repq"]())
+        validate(model, repq())
 
 
 def test_11047_packing_a_masked_layer_is_refused_with_one_error(tmp_path):
     model = TinyTransformer()
-    validate(model, METHODS["ptq"]())
+    validate(model, ptq())
     prune.l1_unstructured(model.head, "weight", amount=0.6)
     with refused(model, "`head.weight`.*permanent"):
         save_quantized(model, tmp_path / "folder")

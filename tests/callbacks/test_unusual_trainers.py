@@ -1,45 +1,25 @@
-"""Trainers and neighbours of all kinds: precision, loaders, flags, and other callbacks beside ours."""
+"""Trainers of all kinds: precision, loaders, flags."""
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    EMAWeightAveraging,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-)
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_quant import CalibrationMixin, load_quantized, save_quantized
-from lightning_quant.checkpoint import record_of
-from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import Quantizer
-from tests.callbacks.cases import every_method, is_float, ptq, quantized, repq
-from tests.callbacks.unchanged import HOOKS, facts, left_as_it_was, refused, scales
-from tests.models import Sequences, TinyTransformer, trainer, validate
-
-
-class NoBias(TinyTransformer):
-    def __init__(self):
-        super().__init__(bias=False)
+from tests.callbacks.unchanged import refused, scales
+from tests.cases import ptq, quantized
+from tests.models import NoBias, Sequences, TinyTransformer, trainer, validate
 
 
 class WithMixin(CalibrationMixin, NoBias):
     pass
 
 
-def outputs(model):
-    with torch.no_grad():
-        return model.eval()(Sequences().val.tensors[0])
-
-
 # ---------------------------------------------------------------- precision
 
 
-@every_method
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precision(method, precision, tmp_path):
     model, run = NoBias(), trainer(method(), precision=precision)
@@ -80,7 +60,6 @@ def test_calibration_sees_the_activations_of_bf16_mixed():
 # ---------------------------------------------------------------- flags of the Trainer
 
 
-@every_method
 @pytest.mark.parametrize(
     "flags", [{"inference_mode": False}, {"num_nodes": 1}, {"deterministic": True}, {"detect_anomaly": True}], ids=str
 )
@@ -92,7 +71,6 @@ def test_flags_that_change_nothing(method, flags):
     assert all(not tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()])
 
 
-@every_method
 def test_barebones(method):
     model, plain = TinyTransformer(), TinyTransformer()
     validate(plain, method())
@@ -102,7 +80,6 @@ def test_barebones(method):
     run.predict(model, datamodule=Sequences())
 
 
-@every_method
 def test_with_a_progress_bar_a_logger_and_a_summary(method, tmp_path):
     model, plain = TinyTransformer(), TinyTransformer()
     want = validate(plain, method())
@@ -111,7 +88,6 @@ def test_with_a_progress_bar_a_logger_and_a_summary(method, tmp_path):
     assert scales(model) == scales(plain)
 
 
-@every_method
 def test_fast_dev_run(method):
     model = TinyTransformer()
     run = trainer(method(), fast_dev_run=True)
@@ -120,7 +96,6 @@ def test_fast_dev_run(method):
     run.fit(model, datamodule=Sequences(32))
 
 
-@every_method
 def test_limit_val_batches_limits_the_validation_and_not_the_calibration(method):
     model, plain = TinyTransformer(), TinyTransformer()
     validate(plain, method())
@@ -138,7 +113,6 @@ class Several(TinyTransformer):
         super().validation_step(batch, batch_idx)
 
 
-@every_method
 def test_two_validation_loaders(method):
     model, run = Several(), trainer(method())
     first, second = run.validate(model, datamodule=TwoValLoaders(), verbose=False)
@@ -159,7 +133,6 @@ class Lenient(NoBias):
     strict_loading = False
 
 
-@every_method
 def test_strict_loading_off(method, tmp_path):
     model, run = Lenient(), trainer(method())
     want = run.validate(model, datamodule=Sequences(), verbose=False)[0]
@@ -173,262 +146,3 @@ def test_strict_loading_off(method, tmp_path):
     fresh = Lenient()
     with refused(fresh, "truncated: .*weight_quantizer"):
         validate(fresh, method(), ckpt_path=tmp_path / "q.ckpt")
-
-
-# ---------------------------------------------------------------- neighbours
-
-
-class Raises(L.Callback):
-    def __init__(self, hook):
-        setattr(self, hook, self.fail)
-
-    def fail(self, *args, **kwargs):
-        raise ArithmeticError("a fault in the user's own callback")
-
-
-@every_method
-@pytest.mark.parametrize("hook", ["on_validation_batch_start", "on_validation_epoch_start", "on_validation_end"])
-@pytest.mark.parametrize("first", [True, False])
-def test_a_callback_that_fails_after_calibration_leaves_a_model_that_is_quantized_and_whole(method, hook, first):
-    model, plain, callback = TinyTransformer(), TinyTransformer(), method()
-    with pytest.raises(ArithmeticError):
-        validate(model, *((Raises(hook), callback) if first else (callback, Raises(hook))))
-    record = record_of(model)
-    assert callback.is_calibrated(model) and not record.expected
-    assert not any(vars(module)[kind] for module in model.modules() if module is not model for kind in HOOKS)
-    assert not any(module.observer for module in model.modules() if isinstance(module, Quantizer))
-    assert validate(model, callback) == validate(plain, method()) and scales(model) == scales(plain)
-
-
-@every_method
-@pytest.mark.parametrize("hook", ["setup", "on_validation_start"])
-def test_a_callback_that_fails_before_calibration_leaves_a_float_model(method, hook):
-    model = TinyTransformer()
-    with left_as_it_was(model), pytest.raises(ArithmeticError):
-        validate(model, Raises(hook), method())
-    assert is_float(model)
-
-
-def test_a_callback_that_looks_at_the_model_in_on_validation_start_sees_it_quantized():
-    seen = {}
-
-    class Looks(L.Callback):
-        def on_validation_start(self, trainer, pl_module):
-            seen["after" if quantized(pl_module) else "before"] = True
-
-    validate(TinyTransformer(), Looks(), ptq(), Looks())
-    assert seen == {"before": True, "after": True}
-
-
-AVERAGING = {
-    "ema": lambda: EMAWeightAveraging(decay=0.9, use_buffers=False),
-    "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
-}
-every_average = pytest.mark.parametrize("averaging", AVERAGING.values(), ids=AVERAGING)
-
-
-@every_method
-@every_average
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_averaging_the_weights_of_a_calibrated_model(method, averaging, ours_first, tmp_path):
-    model = NoBias()
-    validate(model, method())
-    found, before = scales(model), model.head.weight.detach().clone()
-    callbacks = [method(), averaging()] if ours_first else [averaging(), method()]
-    run = trainer(*callbacks, ModelCheckpoint(tmp_path, save_last=True), max_epochs=3, enable_checkpointing=True)
-    run.fit(model, datamodule=Sequences(32))
-    assert scales(model) == found and not torch.equal(model.head.weight, before)
-    want = validate(model, method())
-    run.save_checkpoint(tmp_path / "after.ckpt")
-    assert validate(NoBias(), method(), ckpt_path=tmp_path / "after.ckpt") == want
-    last = NoBias()
-    validate(last, method(), ckpt_path=tmp_path / "last.ckpt")
-    assert scales(last) == found
-
-
-@every_method
-@every_average
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_resuming_a_calibrated_model_whose_weights_are_averaged(method, averaging, ours_first, tmp_path):
-    """The average is copied from a model that is float until the checkpoint is loaded."""
-
-    def fit(model, epochs, **kwargs):
-        callbacks = [method(), averaging()] if ours_first else [averaging(), method()]
-        run = trainer(*callbacks, max_epochs=epochs, num_sanity_val_steps=0)
-        run.fit(model, datamodule=Sequences(32), **kwargs)
-        return run
-
-    model, resumed = NoBias(), NoBias()
-    validate(model, method())
-    fit(model, 1).save_checkpoint(tmp_path / "q.ckpt")
-    fit(resumed, 3, ckpt_path=tmp_path / "q.ckpt")
-    assert scales(resumed) == scales(model) and method().is_calibrated(resumed)
-    assert {name for name, _ in resumed.named_parameters()} == {name for name, _ in model.named_parameters()}
-    difference = max((a - b).abs().max() for a, b in zip(resumed.parameters(), model.parameters(), strict=True))
-    assert 0 < difference < 0.5
-
-
-@every_average
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_a_fit_that_averages_from_a_checkpoint_that_was_made_without(averaging, ours_first, tmp_path):
-    model, run = NoBias(), trainer(repq(), max_epochs=1)
-    run.validate(model, datamodule=Sequences(), verbose=False)
-    run.fit(model, datamodule=Sequences(32))
-    run.save_checkpoint(tmp_path / "q.ckpt")
-    callbacks = [repq(), averaging()] if ours_first else [averaging(), repq()]
-    resumed, run = NoBias(), trainer(*callbacks, max_epochs=3)
-    if averaging is AVERAGING["swa"]:  # its copy is not told of the checkpoint, and lacks the biases of the fold
-        with pytest.raises(ValueError, match="Averaging copied the float model before the checkpoint brought"):
-            run.fit(resumed, datamodule=Sequences(32), ckpt_path=tmp_path / "q.ckpt")
-        return
-    run.fit(resumed, datamodule=Sequences(32), ckpt_path=tmp_path / "q.ckpt")
-    assert scales(resumed) == scales(model)
-    assert max((a - b).abs().max() for a, b in zip(resumed.parameters(), model.parameters(), strict=True)) < 0.5
-
-
-@every_method
-def test_an_average_of_buffers_would_average_scales_and_is_refused(method):
-    model = TinyTransformer()
-    validate(model, method())
-    with refused(model, r"EMAWeightAveraging would average the scales .*use_buffers=False", but=["record", "training"]):
-        trainer(method(), EMAWeightAveraging(), max_epochs=1).fit(model, datamodule=Sequences(32))
-    assert EMAWeightAveraging()._use_buffers is True  # the private name that this rests on
-
-
-@every_method
-@every_average
-def test_averaging_beside_an_uncalibrated_callback_is_plain_training(method, averaging):
-    with_ours, plain = TinyTransformer(dropout=0.0), TinyTransformer(dropout=0.0)
-    for model, callbacks in ((with_ours, [method(), averaging()]), (plain, [averaging()])):
-        torch.manual_seed(0)
-        trainer(*callbacks, max_epochs=2).fit(model, datamodule=Sequences(32))
-    assert is_float(with_ours)
-    assert all(torch.equal(a, b) for a, b in zip(with_ours.parameters(), plain.parameters(), strict=True))
-
-
-@every_method
-@every_average
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_calibrating_in_a_fit_that_averages_weights_is_refused(method, averaging, ours_first):
-    model = NoBias()
-    callbacks = [method(during_fit=True), averaging()]
-    run = trainer(*(callbacks if ours_first else callbacks[::-1]), max_epochs=3, num_sanity_val_steps=0)
-    with refused(model, r"Averaging copied the float model, which \w+\(during_fit=True\) .* trainer\.validate before"):
-        run.fit(model, datamodule=Sequences(32))
-    assert is_float(model)
-
-
-@every_method
-def test_early_stopping_and_checkpoints_beside_calibration_in_fit(method, tmp_path):
-    model = TinyTransformer()
-    best = ModelCheckpoint(tmp_path, monitor="loss", save_top_k=1)
-    stopping = EarlyStopping("loss", patience=1)
-    run = trainer(stopping, method(during_fit=True), best, max_epochs=3, enable_checkpointing=True)
-    run.fit(model, datamodule=Sequences(32))
-    found = scales(model)
-    fresh = TinyTransformer()
-    metrics = validate(fresh, method(during_fit=True), ckpt_path=best.best_model_path)
-    assert metrics["loss"] == pytest.approx(best.best_model_score.item()) and scales(fresh) == found
-
-
-# ---------------------------------------------------------------- the callback again
-
-
-@every_method
-def test_the_same_callback_twice_is_refused_by_the_trainer(method):
-    with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        trainer(method(), method())
-
-
-@pytest.mark.filterwarnings("ignore:RepQViT.remove")
-@every_method
-def test_two_models_with_one_callback(method):
-    callback, first, second = method(), TinyTransformer(), NoBias()
-    want = validate(first, callback), validate(second, callback)
-    assert (validate(first, callback), validate(second, callback)) == want
-    with left_as_it_was(second, but=["record"]):
-        callback.remove(first)
-    assert callback.is_calibrated(second) and not callback.is_calibrated(first)
-
-
-def test_two_callbacks_of_which_one_finds_its_part_float_again(tmp_path):
-    """Float weights that went into one part take nothing from the part of the other callback."""
-    ours, others = ptq(target="blocks.0"), ptq(target="blocks.1", weights="int4")
-    model = NoBias()
-    validate(model, ours, others)
-    found = {name: value for name, value in scales(model).items() if name.startswith("blocks.1")}
-    model.blocks[0].load_state_dict(NoBias().blocks[0].state_dict())
-    validate(model, ours)
-    assert {name: value for name, value in scales(model).items() if name.startswith("blocks.1")} == found
-    assert ours.is_calibrated(model) and others.is_calibrated(model)
-
-
-def test_float_weights_into_one_block_of_a_folded_model(tmp_path):
-    """The biases that folding created in the other block still carry a part of its function."""
-    model, callback = NoBias(), repq()
-    want = outputs(model)
-    validate(model, callback)
-    model.blocks[0].load_state_dict(NoBias().blocks[0].state_dict())
-    run = trainer(callback)
-    metrics = run.validate(model, datamodule=Sequences(), verbose=False)[0]
-    run.save_checkpoint(tmp_path / "q.ckpt")
-    assert validate(NoBias(), repq(), ckpt_path=tmp_path / "q.ckpt") == metrics
-    with pytest.warns(UserWarning, match="stay folded"):
-        callback.remove(model)
-    assert torch.allclose(outputs(model), want, atol=1e-4)
-
-
-@pytest.mark.parametrize("again", [ptq, repq])
-def test_another_method_after_a_fold_was_removed(again, tmp_path):
-    model = NoBias()
-    want = outputs(model)
-    validate(model, repq())
-    with pytest.warns(UserWarning, match="stay folded"):
-        repq().remove(model)
-    run = trainer(again())
-    metrics = run.validate(model, datamodule=Sequences(), verbose=False)[0]
-    run.save_checkpoint(tmp_path / "q.ckpt")
-    save_quantized(model, tmp_path / "folder")
-    assert validate(NoBias(), again(), ckpt_path=tmp_path / "q.ckpt") == metrics
-    fresh = NoBias()
-    load_quantized(fresh, tmp_path / "folder")
-    assert validate(fresh) == pytest.approx(metrics, abs=1e-6)
-    model.load_state_dict(NoBias().state_dict())
-    assert not quantized(model) and torch.equal(outputs(model), want) and model.blocks[0].fc1.bias is None
-
-
-@every_method
-def test_a_failed_second_calibration_leaves_the_half_calibrated_model_as_it_was(method, monkeypatch):
-    model = NoBias()
-    validate(model, method())
-    model.blocks[0].load_state_dict(NoBias().blocks[0].state_dict())
-    with left_as_it_was(model, but=["record"]), monkeypatch.context() as patch:
-        patch.setattr(Quantizer, "fit", Raises.fail)
-        with pytest.raises(ArithmeticError):
-            validate(model, method())
-    assert not method().is_calibrated(model) and isinstance(model.head, QuantizedLayer)
-    validate(model, method())
-    assert method().is_calibrated(model)
-
-
-def test_facts_sees_what_it_should():
-    """The helper itself: each of these changes is found."""
-    changes = {
-        "value": lambda m: m.head.weight.data.__setitem__((0, 0), float("nan")),
-        "sign of zero": lambda m: m.head.weight.data.mul_(-0.0),
-        "parameter": lambda m: setattr(m.head, "weight", nn.Parameter(m.head.weight.detach().clone())),
-        "class": lambda m: setattr(m.head, "__class__", type("Other", (nn.Linear,), {})),
-        "hook": lambda m: m.head.register_forward_hook(lambda *_: None),
-        "load hook": lambda m: m.register_load_state_dict_pre_hook(lambda *_: None),
-        "flag": lambda m: m.head.eval(),
-        "grad flag": lambda m: m.head.weight.requires_grad_(False),
-        "buffer": lambda m: m.head.register_buffer("folded", torch.tensor(False)),
-        "attribute": lambda m: setattr(m.head, "observer", None),
-        "dtype": lambda m: m.head.double(),
-        "child": lambda m: setattr(m, "dropout", nn.Dropout()),
-    }
-    for name, change in changes.items():
-        model = TinyTransformer()
-        with pytest.raises(AssertionError), left_as_it_was(model):
-            change(model)
-        assert facts(model), name

@@ -10,20 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_quant import CalibrationMixin, PostTrainingQuantization, RepQViT
+from lightning_quant import CalibrationMixin
 from lightning_quant.checkpoint import attach_record, detach_record, read_plans, record_of
 from lightning_quant.layers import AttentionSite, QuantizedLayer
+from tests.cases import ptq, repq
 from tests.models import Sequences, TinyTransformer, trainer, validate
-
-METHODS = {
-    "ptq": lambda **kw: PostTrainingQuantization(**{"weights": "int8", "activations": "int8", **kw}),
-    "repq": lambda **kw: RepQViT(**{"weights": "int4", "activations": "int4", **kw}),
-}
-
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    return METHODS[request.param]
 
 
 class WithMixin(CalibrationMixin, TinyTransformer):
@@ -103,7 +94,7 @@ def test_every_quantizer_is_in_the_state_dict(method):
         if isinstance(layer, QuantizedLayer):
             assert state[f"{name}.folded"].dtype == torch.bool
             assert state[f"{name}.weight_quantizer.scale"].numel() == len(layer.weight)
-    assert bool(state["blocks.0.qkv.folded"]) == (method is METHODS["repq"]) and not state["head.folded"]
+    assert bool(state["blocks.0.qkv.folded"]) == (method is repq) and not state["head.folded"]
 
 
 def test_the_state_dict_given_is_not_changed_by_loading_it(method):
@@ -166,7 +157,7 @@ def test_a_float_state_dict_makes_a_quantized_model_float(method):
         for p in model.parameters():
             p.mul_(1.2)
     quantized(method, model)
-    if method is METHODS["repq"]:
+    if method is repq:
         assert model.blocks[1].fc1.bias is not None and bool(model.blocks[1].fc1.folded)
     model.load_state_dict(plain.state_dict())
     assert structure(model) == layout and torch.equal(model(x), want)
@@ -177,7 +168,7 @@ def test_a_float_state_dict_makes_a_quantized_model_float(method):
 
 
 def test_another_quantization_replaces_the_one_that_is_there(method):
-    other = {"ptq": METHODS["repq"], "repq": METHODS["ptq"]}["ptq" if method is METHODS["ptq"] else "repq"]
+    other = {"ptq": repq, "repq": ptq}["ptq" if method is ptq else "repq"]
     source, model = quantized(other, TinyTransformer(bias=False)), quantized(method, TinyTransformer(bias=False))
     model.load_state_dict(source.state_dict())
     assert structure(model) == structure(source) and torch.equal(model(x), source(x))
@@ -202,7 +193,7 @@ def test_child_of_another_module_is_saved_with_its_prefix(method):
 
 
 def test_two_children_with_plans_of_their_own():
-    first, second = quantized(METHODS["ptq"]), quantized(METHODS["repq"])
+    first, second = quantized(ptq), quantized(repq)
     state = nn.ModuleDict({"a": first, "b": second}).state_dict()
     fresh = nn.ModuleDict({"a": TinyTransformer(), "b": TinyTransformer()})
     for child in fresh.values():
@@ -266,10 +257,10 @@ def refused(model, state, match, error=ValueError):
     ],
 )
 def test_truncated(lost, target, method):
-    whole = quantized(method, TinyTransformer(bias=method is METHODS["ptq"])).state_dict()
+    whole = quantized(method, TinyTransformer(bias=method is ptq)).state_dict()
     state = {key: value for key, value in whole.items() if not f"{key}.".startswith(f"{lost}.")}
     assert len(state) < len(whole)
-    if method is METHODS["ptq"]:
+    if method is ptq:
         target = TinyTransformer() if record_of(target) is None else quantized(method)
     refused(target, state, rf"checkpoint is truncated: its plan \(\w+\) needs `{lost}")
 
@@ -349,7 +340,7 @@ def test_the_plan_of_a_module_that_attends_itself():
 
     data = torch.randn(32, 5, 8)
     model = Net()
-    trainer(METHODS["ptq"]()).validate(model, torch.utils.data.DataLoader(list(data)), verbose=False)
+    trainer(ptq()).validate(model, torch.utils.data.DataLoader(list(data)), verbose=False)
     assert isinstance(model, AttentionSite)
     fresh = Net()
     fresh.load_state_dict(model.state_dict())

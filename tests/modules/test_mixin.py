@@ -5,20 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_quant import CalibrationMixin, PostTrainingQuantization, RepQViT, load_quantized, save_quantized
+from lightning_quant import CalibrationMixin, PostTrainingQuantization, load_quantized, save_quantized
 from lightning_quant.checkpoint import record_of
 from lightning_quant.layers import QuantizedLayer
+from tests.cases import repq
 from tests.models import Sequences, TinyTransformer, trainer, validate
-
-METHODS = {
-    "ptq": lambda **kw: PostTrainingQuantization(**{"weights": "int8", "activations": "int8", **kw}),
-    "repq": lambda **kw: RepQViT(**{"weights": "int4", "activations": "int4", **kw}),
-}
-
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    return METHODS[request.param]
 
 
 class Net(CalibrationMixin, TinyTransformer):
@@ -214,7 +205,7 @@ def test_deepcopy_and_pickle():
     import pickle
 
     model = Net()
-    want = validate(model, METHODS["repq"]())
+    want = validate(model, repq())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert validate(twin) == want
         twin.load_state_dict(Net().state_dict())

@@ -187,6 +187,17 @@ def test_an_error_in_the_middle_leaves_the_float_model(tmp_path, monkeypatch):
     assert [type(m) for m in model.modules()] == types and list(model.state_dict()) == keys
 
 
+def test_an_error_in_the_middle_of_a_stage_leaves_the_quantized_model(tmp_path, monkeypatch):
+    model, x = quantized(tmp_path), Sequences().val.tensors[0]
+    want = model(x)
+    stage = ReconstructionStage(model, Reconstruction(**{**QUICK, "phases": ["weights"]}, cache="disk"))
+    monkeypatch.setattr("lightning_quant.calibration.cache.os.posix_fallocate", _full_disk)
+    with pytest.raises(OSError, match="no room for"):
+        trainer(default_root_dir=tmp_path).fit(stage, torch.utils.data.DataLoader(Sequences().train, batch_size=8))
+    assert torch.equal(model(x), want)
+    assert all(m.observer is None for m in model.modules() if isinstance(m, Quantizer))
+
+
 def _full_disk(*args):
     raise OSError(28, "No space left on device")
 

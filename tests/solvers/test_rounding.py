@@ -128,6 +128,7 @@ def test_presets_are_what_their_papers_say():
         ({"rounding": "up"}, "rounding='up' is none of"),
         ({"granularity": "net"}, "name patterns go in a list"),
         ({"phases": []}, "must be of 'weights'"),
+        ({"phases": ["weights", "joint"]}, "more than once"),
         ({"keep": 1.5}, "from 0 to 1"),
         ({"iterations": 0}, "iterations must be at least 1"),
     ],
