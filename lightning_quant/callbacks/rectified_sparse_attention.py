@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant.callbacks.attention_override import AttentionOverride, chosen_sites
 from lightning_quant.callbacks.denoising_steps import DenoisingSteps
+from lightning_quant.callbacks.sparse_attention_section import sparse_attention_section
 from lightning_quant.graph.tokens import AttentionTokens
 from lightning_quant.kernels.attention_door import AttentionFunction
 from lightning_quant.kernels.sparse_attention import (
@@ -24,6 +25,7 @@ from lightning_quant.kernels.sparse_attention import (
     find_layout,
     read_mask,
 )
+from lightning_quant.reports import Section
 
 FEWEST_BLOCKS = 4  # with fewer, the blocks that touch are all there are
 
@@ -99,6 +101,10 @@ class RectifiedSparseAttention(AttentionOverride):
     def facts(self) -> dict[str, SiteFacts]:
         """What happened at each sparse attention site in the last run, by the name of its module."""
         return {name: site.facts for name, site in self._sites.items()}
+
+    def report_sections(self, trainer: Trainer, pl_module: LightningModule) -> list[Section]:
+        """These facts as a part of the report of :class:`~lightning_quant.QuantReport`."""
+        return [sparse_attention_section(self.facts())] if self._sites else []
 
     def functions(
         self, pl_module: LightningModule, calls: Sequence[AttentionTokens]

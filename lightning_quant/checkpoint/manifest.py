@@ -110,6 +110,8 @@ def _bring_in_line(model: nn.Module, state_dict: dict[str, Any], prefix: str, *r
             for key, plan in plans.items():
                 plan.apply(model)
                 record.plans[key] = plan
+        for key, plan in plans.items():
+            record.plans[key].calibration = plan.calibration
         _refuse_other_tensors(model, plans, state_dict, prefix)
     for key in [key for key in state_dict if key.startswith(prefix + _ENTRY)]:
         del state_dict[key]
@@ -168,7 +170,8 @@ def _refuse_other_tensors(model: nn.Module, plans: dict[str, Plan], state_dict: 
             *(f"{name}.attention_quantizers" if name else "attention_quantizers" for name in plan.attention),
         ]
         planned = tuple(f"{prefix}{name}." for name in names)
-        keys = [key for key in own if key.startswith(planned)]
+        # codes are there only if a solver found them
+        keys = [key for key in own if key.startswith(planned) and not key.endswith("_quantizer.codes")]
         lacking = [key for key in keys if key not in state_dict]
         if lacking:
             raise ValueError(

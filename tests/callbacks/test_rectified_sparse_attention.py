@@ -1,6 +1,7 @@
 """Sparse attention by one callback: what a user sees of it, on the real classes and on one's own net."""
 
 import copy
+import json
 import pickle
 
 import lightning as L
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_quant import PostTrainingQuantization, RectifiedSparseAttention, UniformAttention
+from lightning_quant.reports import Contributor
 from tests.models import Block, trainer
 
 
@@ -188,8 +190,21 @@ def test_the_facts_say_what_happened():
         assert (site.sparse_calls, site.dense_calls) == (2, {})
         assert site.kept_share.shape == (2,) and (site.kept_share > 0.2).all() and (site.kept_share < 0.8).all()
         assert (site.kept_share < site.sampled.kept_mass).all()  # the kept keys are the ones that matter
-        assert (0 < site.sampled.error).all() and (0 < site.sampled.plain_error).all()
+        assert (site.sampled.error > 0).all() and (site.sampled.plain_error > 0).all()
         assert site.sampled.kept.shape == (2, 12, 12)
+
+
+def test_the_report_shows_the_facts():
+    callback = sparse(drop_rate=0.8, warmup_steps=1)
+    predict(Sampler(Denoiser()), callback)
+    (section,) = callback.report_sections(None, None)
+    assert isinstance(callback, Contributor)
+    assert section.body.count("<svg") == 3 and "net.net.layers.1" in section.body and "(warm-up)" in section.body
+    told = json.loads(json.dumps(section.facts))["net.net.layers.1"]
+    assert told["layouts"] == ["1 + 16x12 tokens"] and len(told["error"]) == 2
+    assert 0 < section.scalars["sparse_attention/kept_share"] < 1
+    assert len(section.figure().axes) == 3
+    assert sparse().report_sections(None, None) == []  # nothing has run
 
 
 def test_some_layers_stay_dense():

@@ -1,4 +1,4 @@
-"""Rectified sparse attention on really trained attention: DeiT-Tiny on 384 pixel images, and a diffusion transformer."""
+"""Rectified sparse attention on trained models: DeiT-Tiny on 384 pixel images, and a diffusion transformer."""
 
 import json
 
@@ -14,16 +14,8 @@ from lightning_quant.kernels.sparse_attention import attention as method
 from tests.models import trainer
 from tests.real import ASSETS, Classifier, imagenet
 
-pytestmark = pytest.mark.evidence
+pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("assets")]
 IMAGES = 500
-
-
-@pytest.fixture(autouse=True)
-def all_cores(assets):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def deit_tiny_384():
@@ -103,8 +95,9 @@ class Watch:
 
 
 def report(capsys, what, drop_rate, watch):
+    errors = ", ".join(f"{name} {error:.3f}" for name, error in watch.mean().items())
     with capsys.disabled():
-        print(f"\n  {what}, drop_rate={drop_rate}: relative error {', '.join(f'{n} {e:.3f}' for n, e in watch.mean().items())}")
+        print(f"\n  {what}, drop_rate={drop_rate}: relative error {errors}")
 
 
 @pytest.mark.parametrize("drop_rate", [0.5, 0.8, 0.9])

@@ -135,6 +135,16 @@ def output_error(model):
         return (model(x) - want).square().mean()
 
 
+def test_a_state_from_before_the_stage_loads_again(tmp_path):
+    model = quantized(tmp_path)
+    before, want = {key: value.clone() for key, value in model.state_dict().items()}, validate(model)
+    stage = ReconstructionStage(model, Reconstruction(**QUICK))
+    trainer(default_root_dir=tmp_path).fit(stage, torch.utils.data.DataLoader(Sequences().train, batch_size=8))
+    assert validate(model) != want
+    model.load_state_dict(before)
+    assert validate(model) == want
+
+
 class Killed(BaseException):
     pass
 
