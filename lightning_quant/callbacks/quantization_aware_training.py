@@ -193,6 +193,7 @@ class QuantizationAwareTraining(PostTrainingQuantization):
             require_scales(pl_module, plan)
         found = plan.quantizers(pl_module)
         for copy in averaged_copies(trainer):
+            attach_record(copy).plans[self.state_key].calibration = plan.calibration
             for name, quantizer in plan.quantizers(copy).items():
                 quantizer.load_state_dict(found[name].state_dict())
 

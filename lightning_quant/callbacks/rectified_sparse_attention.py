@@ -27,6 +27,7 @@ from lightning_quant.kernels.sparse_attention import (
 )
 from lightning_quant.reports import Section
 
+NOTHING = "nothing calls scaled_dot_product_attention (nn.MultiheadAttention keeps its call to itself)"
 FEWEST_BLOCKS = 4  # with fewer, the blocks that touch are all there are
 
 
@@ -126,7 +127,7 @@ class RectifiedSparseAttention(AttentionOverride):
         if not layouts:
             raise ValueError(
                 f"RectifiedSparseAttention found no attention in this {type(pl_module).__name__} that can be sparse: "
-                + ("; ".join(f"`{site}`: {why}" for site, why in list(reasons.items())[:3]) or "nothing attends")
+                + ("; ".join(f"`{site}`: {why}" for site, why in list(reasons.items())[:3]) or NOTHING)
             )
         for site in chosen_sites(list(layouts), self.dense_layers, "dense_layers"):
             del layouts[site]

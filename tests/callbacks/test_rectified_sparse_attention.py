@@ -257,7 +257,7 @@ def test_what_cannot_be_done_is_refused(arguments, message):
 
 def test_a_model_that_does_not_attend_is_refused():
     model = Plain(nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU()))
-    with pytest.raises(ValueError, match="found no attention in this Plain that can be sparse: nothing attends"):
+    with pytest.raises(ValueError, match="found no attention in this Plain that can be sparse: nothing calls scaled_dot"):
         predict(model, sparse())
     with pytest.raises(ValueError, match="UniformAttention found nothing in this Plain that attends"):
         predict(model, UniformAttention())

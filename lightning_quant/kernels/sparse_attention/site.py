@@ -55,6 +55,7 @@ class SparseSite:
         self.resting = resting
         self.facts = SiteFacts([str(blocks.layout) for blocks in self.layouts.values()])
 
+    @torch.compiler.disable  # how many blocks are kept depends on the data: one break instead of many
     def __call__(
         self,
         query: Tensor,
