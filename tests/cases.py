@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining, RepQViT
+from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining, RepQuant, RepQViT
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.layers import AttentionSite, QuantizedLayer
 from tests.models import NoBias, NoDropout, Sequences, TinyTransformer, trainer
@@ -32,12 +32,14 @@ class Case:
         arguments: of the callback.
         model: the class of the LightningModule; it takes no arguments, and is the same each time it is built.
         stage: the verb of the Trainer in which the method does its work.
+        learns: whether it takes gradient steps, so that two ranks agree with each other but not with one.
     """
 
     method: type[QuantizationCallback]
     arguments: dict[str, Any]
     model: type[L.LightningModule] = TinyTransformer
     stage: str = "validate"
+    learns: bool = False
 
     def __call__(self, **more: Any) -> QuantizationCallback:
         return self.method(**{**self.arguments, **more})
@@ -65,6 +67,7 @@ class Case:
 
 INT8 = {"weights": "int8", "activations": "int8"}
 INT4 = {"weights": "int4", "activations": "int4"}
+FEW_STEPS = {"iterations": 3, "samples": 16, "batch_size": 4}
 
 CASES = {
     "ptq": Case(PostTrainingQuantization, {**INT8, "ranges": "minmax"}),
@@ -75,6 +78,10 @@ CASES = {
     ),
     "repq": Case(RepQViT, INT8),
     "repq_w4a4": Case(RepQViT, INT4, NoBias),
+    "ptq_reconstructed": Case(
+        PostTrainingQuantization, {**INT8, "ranges": "minmax", "reconstruct": FEW_STEPS}, NoBias, learns=True
+    ),
+    "repquant": Case(RepQuant, {**INT4, "clip_steps": 3, "reconstruct": FEW_STEPS}, NoBias, learns=True),
     "qat": Case(QuantizationAwareTraining, {**INT4, "ranges": "minmax"}, NoDropout, "fit"),
 }
 # The first line of a method is mild, so that metrics stay close to float whatever a test does to the model.

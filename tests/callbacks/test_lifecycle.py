@@ -97,6 +97,10 @@ def test_an_optimizer_built_before_trains_the_swapped_layers(case):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     case.quantized(model).eval()
     model.zero_grad()
+    if case.learns and case.stage == "validate":  # the codes are solved, and float weights no longer have a say
+        with pytest.raises(RuntimeError, match="training the float weight would change nothing"):
+            model.train().training_step(Sequences().train.tensors, 0)
+        return
     loss = [model.training_step(Sequences().train.tensors, 0)]
     for _ in range(5):
         optimizer.zero_grad()
@@ -148,7 +152,8 @@ def test_finite_in_bfloat16(case):
     assert all(torch.tensor(value).isfinite() for value in found.values())
     assert abs(found["loss"] - metrics(case.run(case.model()))["loss"]) < 0.1
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    state = [tensor for q in model.modules() if isinstance(q, Quantizer) for tensor in q.buffers()]
+    quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+    state = [getattr(quantizer, name) for quantizer in quantizers for name in quantizer.state_names]
     assert {tensor.dtype for tensor in state} == {torch.float32} and all(tensor.isfinite().all() for tensor in state)
 
 

@@ -234,6 +234,17 @@ def test_other_precisions(precision):
     assert error(found.float(), exact) < 0.03
 
 
+@pytest.mark.slow
+def test_a_compiled_model():
+    model = Plain()
+    exact = predict(model)
+    model.net = torch.compile(model.net, backend="eager")
+    torch.testing.assert_close(predict(model), exact)  # compiled before the attention is routed
+    torch.testing.assert_close(predict(model, sparse(drop_rate=0.0)), exact, atol=1e-5, rtol=1e-5)
+    assert error(predict(model, sparse(drop_rate=0.9)), exact) > 0.01
+    torch.testing.assert_close(predict(model), exact)
+
+
 # ---------------------------------------------------------------- errors, before anything is changed
 
 
@@ -257,7 +268,9 @@ def test_what_cannot_be_done_is_refused(arguments, message):
 
 def test_a_model_that_does_not_attend_is_refused():
     model = Plain(nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU()))
-    with pytest.raises(ValueError, match="found no attention in this Plain that can be sparse: nothing calls scaled_dot"):
+    with pytest.raises(
+        ValueError, match="found no attention in this Plain that can be sparse: nothing calls scaled_dot"
+    ):
         predict(model, sparse())
     with pytest.raises(ValueError, match="UniformAttention found nothing in this Plain that attends"):
         predict(model, UniformAttention())

@@ -36,7 +36,7 @@ def attend(
     ragged = blocks * block - length
     rows = (F.pad(query, (0, 0, 0, ragged)) if ragged else query).reshape(-1, 1, block, dim)
     order = count.argsort(descending=True)
-    rows, count, index = rows[order], count[order], lists.index.flatten(0, 2)[order].long()
+    count, index = count[order], lists.index.flatten(0, 2)[order].long()
     sample, head = order // blocks // heads, order // blocks % heads
     first_key = (sample * key_heads + head // (heads // key_heads)) * keys
     everywhere = torch.arange(blocked, keys, device=device)
@@ -71,17 +71,20 @@ def attend(
             position = (order[these] % blocks * block)[:, None] + within
             not_later = (at[:, None] <= position[..., None]) | (at >= blocked)[:, None]  # (n, block, K)
             mask = (not_later & seen[:, None])[:, None]
-        answer = F.scaled_dot_product_attention(rows[these], pairs[..., :dim], pairs[..., dim:], mask, scale=scale)
+        answer = F.scaled_dot_product_attention(
+            rows[order[these]], pairs[..., :dim], pairs[..., dim:], mask, scale=scale
+        )
         if mask is not None and (valid is not None or causal or not bool(count[span.stop - 1])):
             # Kernels differ in what they answer where there is nothing to see.
             answer = answer.masked_fill(~mask.any(-1, keepdim=True), 0.0)
         answers.append(answer)
 
-    out = torch.cat(answers)[order.argsort()].view(batch, heads, blocks, block, -1)
+    ordered = torch.cat(answers)
     if rectification is not None:
-        factor, addend = rectification
-        out = torch.addcmul(addend.unsqueeze(3), out.float(), factor[..., None, None]).to(query.dtype)
-    return out.flatten(2, 3)[:, :, :length]
+        factor, addend = (x.flatten(0, 2)[order] for x in rectification)
+        ordered = ordered.float().mul_(factor[:, None, None, None]).add_(addend[:, None, None]).to(query.dtype)
+    out = torch.empty_like(ordered).index_copy_(0, order, ordered)
+    return out.view(batch, heads, blocks * block, -1)[:, :, :length]
 
 
 def _spans(count: Tensor, block: int, everywhere: int) -> list[range]:
