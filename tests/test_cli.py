@@ -362,6 +362,13 @@ def test_a_mistake_on_the_command_line(args, line, capsys):
     assert line in mistake(args, capsys)
 
 
+def test_a_callback_that_is_listed_twice(capsys):
+    twice = quiet(("RepQViT", {"weights": "int4"}), ("RepQViT", {"weights": "int8"}))
+    config = write("config.yaml", trainer=twice, **yaml.safe_load(MODEL_AND_DATA))
+    line = mistake(["validate", "--config", config], capsys)
+    assert "RepQViT is listed twice; give each a target= of its own" in line
+
+
 @pytest.mark.parametrize("verb", ["plan", "validate"])
 def test_a_bug_in_the_model_keeps_its_trace(verb, folder):
     (folder / "my_model.py").write_text(MODEL.replace(".chunk(3, -1)", ".reshape(3, 5)"))

@@ -33,6 +33,7 @@ class AttentionOverride(Callback):
     """
 
     def __init__(self) -> None:
+        self._open = False
         self._routed: list[RoutedAttention] = []
 
     @abstractmethod
@@ -76,12 +77,13 @@ class AttentionOverride(Callback):
 
     def give_back(self) -> None:
         """Give every module its own attention back."""
+        self._open = False
         while self._routed:
             give_back_attention(self._routed.pop())
 
     def route(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """A batch begins: learn from the first one where the model attends, and route it."""
-        if self._routed:
+        if self._open:
             return
         check_feedable(pl_module)
         quantized = [name for name, module in pl_module.named_modules() if attends_quantized(module)]
@@ -102,6 +104,7 @@ class AttentionOverride(Callback):
             route_attention(module, function)
             assert isinstance(module, RoutedAttention)
             self._routed.append(module)
+        self._open = True
 
 
 def chosen_sites(sites: Sequence[str], patterns: Sequence[int | str], argument: str) -> set[str]:

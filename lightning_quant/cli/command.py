@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,17 @@ class Command(LightningCLI):
         if self.subcommand == "plan":
             for name, value in DRY_RUN.items():
                 chosen.trainer[name] = value
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer; two callbacks that would do the same are a mistake in the config."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
+                raise
+            found = re.search("`(.*?)`", str(error))
+            name = "a callback" if found is None else found[1]
+            raise ValueError(f"trainer.callbacks: {name} is listed twice; give each a target= of its own") from error
 
     def after_instantiate_classes(self) -> None:
         """Start from a quantized model."""

@@ -82,7 +82,8 @@ def attend(
     ordered = torch.cat(answers)
     if rectification is not None:
         factor, addend = (x.flatten(0, 2)[order] for x in rectification)
-        ordered = ordered.float().mul_(factor[:, None, None, None]).add_(addend[:, None, None]).to(query.dtype)
+        ordered = ordered.to(torch.promote_types(query.dtype, factor.dtype))  # half precision rounds but once
+        ordered = ordered.mul_(factor[:, None, None, None]).add_(addend[:, None, None]).to(query.dtype)
     out = torch.empty_like(ordered).index_copy_(0, order, ordered)
     return out.view(batch, heads, blocks * block, -1)[:, :, :length]
 

@@ -55,7 +55,8 @@ class SparseSite:
         self.resting = resting
         self.facts = SiteFacts([str(blocks.layout) for blocks in self.layouts.values()])
 
-    @torch.compiler.disable  # how many blocks are kept depends on the data: one break instead of many
+    # How many blocks are kept depends on the data: one break of the graph instead of many.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
         query: Tensor,
