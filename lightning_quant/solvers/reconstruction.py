@@ -60,7 +60,7 @@ class Reconstruction:
     rounding: str = "adaround"
     inputs: Literal["quantized", "float", "mixed"] = "mixed"
     keep: float = 0.5
-    iterations: int = 400
+    iterations: int = 200
     batch_size: int = 16
     samples: int = 256
     learning_rate: float = 1e-2

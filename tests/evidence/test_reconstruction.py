@@ -70,7 +70,7 @@ def test_repquant_is_three_points_above_repq_vit_at_w4a4(tmp_path, assets, all_c
 
     plain = top1(RepQViT())
     clipped = top1(RepQuant(reconstruct=None))
-    learned = top1(RepQuant(reconstruct=Reconstruction(samples=32, iterations=80)))
+    learned = top1(RepQuant(reconstruct=Reconstruction(samples=32, iterations=60, batch_size=8)))
     with capsys.disabled():
         print(f"\n  W4A4: RepQViT {plain:.1f}, with learned clips {clipped:.1f}, reconstructed too {learned:.1f}")
     assert learned >= plain + 3
