@@ -113,10 +113,10 @@ def _figure(compared: Mapping[str, AttentionFacts]) -> Figure:
 
     columns = min(6, max(1, len(compared)))
     figure = Figure(figsize=(2 * columns, 2.2 * max(1, -(-len(compared) // columns))), layout="constrained")
-    axes = figure.subplots(max(1, -(-len(compared) // columns)), columns, squeeze=False).flat
+    axes = list(figure.subplots(max(1, -(-len(compared) // columns)), columns, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()
     for axis, (name, sampled) in zip(axes, compared.items(), strict=False):
-        axis.imshow(_shades(sampled), cmap="Greys", vmin=0, vmax=1)
+        axis.imshow(_shades(sampled).numpy(), cmap="Greys", vmin=0, vmax=1)
         axis.set_title(name, fontsize=6)
     return figure
