@@ -2,8 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
-# triton is left out: it has nothing to run on without a GPU.
-EXTRAS := timm,diffusers,transformers,cli,bench,docs,dev
+# Without a GPU triton's kernels run in its interpreter, for the tests.
+EXTRAS := timm,diffusers,transformers,triton,cli,bench,docs,dev
 # Two workers with one thread each (conftest.py) fill two cores better than one process with two threads.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope
 
