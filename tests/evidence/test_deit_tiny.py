@@ -4,23 +4,14 @@ import statistics
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from lightning_quant import PostTrainingQuantization, RepQViT
 from tests.real import ImageNetData, deit_tiny
 
-pytestmark = pytest.mark.evidence
+pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("own_cores")]
 REFERENCES = yaml.safe_load((Path(__file__).parents[1] / "references.yaml").read_text())["deit_tiny"]
 DRAWS = range(5)
-
-
-@pytest.fixture(autouse=True)
-def all_cores(assets):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def top1(callback=None, draw=0):

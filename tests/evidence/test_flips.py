@@ -3,24 +3,15 @@
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from lightning_quant import Fidelity, PostTrainingQuantization, RepQViT
 from tests.models import trainer
 from tests.real import ImageNetData, deit_tiny
 
-pytestmark = pytest.mark.evidence
+pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("own_cores")]
 FLOAT = yaml.safe_load((Path(__file__).parents[1] / "references.yaml").read_text())["deit_tiny"]["float"]
 METRICS = ("sqnr", "cosine", "agreement", "negative_flips", "relative_negative_flips", "positive_flips")
-
-
-@pytest.fixture(autouse=True)
-def all_cores(assets):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def compared(name, method, capsys):
