@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_quant.calibration.attention_maps import seen_maps
 from lightning_quant.calibration.batches import CalibrationBatches, draw_training_batches_from
 from lightning_quant.calibration.cache import SampleCache
 from lightning_quant.calibration.feed import check_feedable, feed, feeder_name
@@ -31,6 +32,7 @@ __all__ = [
     "reordered",
     "same_constants",
     "sample_count",
+    "seen_maps",
     "signature",
     "undisturbed",
 ]

@@ -21,9 +21,9 @@ from lightning_quant.checkpoint.manifest import (
     rebuilt_or_as_it_was,
     record_of,
 )
-from lightning_quant.checkpoint.packing import pack, unpack
 from lightning_quant.layers import Plan, QuantizedLayer
 from lightning_quant.quantizers import Scheme, build_quantizer
+from lightning_quant.quantizers.packing import pack, unpack
 
 TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
 
@@ -109,12 +109,20 @@ def _pack_layer(model: nn.Module, name: str, layer: QuantizedLayer, state: dict[
         if sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
             continue
         key = f"{name}.{weight_name}"
+        rows = layer.weight_rows(weight_name)  # (out, ...)
+        described[key] = {
+            "scheme": str(quantizer.scheme),
+            "shape": list(rows.shape),
+            "transposed": layer.transposed,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+        }
+        if f"{key}.codes" in state:  # its float weight was dropped
+            continue
         if key not in state:
             raise ValueError(
                 f"`{key}` is recomputed in every forward, by a pruning mask or a weight norm: "
                 f"make it permanent before saving its codes, as torch.nn.utils.prune.remove does"
             )
-        rows = layer.weight_rows(weight_name)  # (out, ...)
         try:
             codes = quantizer.encode(rows.detach())
         except ValueError as error:
@@ -122,12 +130,6 @@ def _pack_layer(model: nn.Module, name: str, layer: QuantizedLayer, state: dict[
         del state[key]
         state.pop(f"{key}_quantizer.codes", None)  # the packed ones are the same
         state[f"{key}.codes"] = pack(codes, quantizer.scheme.bits)
-        described[key] = {
-            "scheme": str(quantizer.scheme),
-            "shape": list(rows.shape),
-            "transposed": rows.shape != weight.shape or rows.stride() != weight.stride(),
-            "dtype": str(weight.dtype).removeprefix("torch."),
-        }
     return described
 
 

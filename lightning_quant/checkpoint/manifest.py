@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.kernels.layer_door import require_float_weights
 from lightning_quant.layers import Plan, structure_kept
+from lightning_quant.quantizers import build_quantizer
+from lightning_quant.quantizers.packing import unpack
 
 _ENTRY = "lightning_quant: "
 _ATTRIBUTE = "_lightning_quant"
@@ -100,6 +103,7 @@ def _bring_in_line(model: nn.Module, state_dict: dict[str, Any], prefix: str, *r
     record = record_of(model)
     if record is None:
         return
+    require_float_weights(model)
     plans = read_plans(state_dict, prefix)
     _refuse_another_plan(plans, record.expected)
     with rebuilt_or_as_it_was(model, record):
@@ -112,9 +116,28 @@ def _bring_in_line(model: nn.Module, state_dict: dict[str, Any], prefix: str, *r
                 record.plans[key] = plan
         for key, plan in plans.items():
             record.plans[key].calibration = plan.calibration
+            decode_weights(model, plan, state_dict, prefix)
         _refuse_other_tensors(model, plans, state_dict, prefix)
     for key in [key for key in state_dict if key.startswith(prefix + _ENTRY)]:
         del state_dict[key]
+
+
+def decode_weights(model: nn.Module, plan: Plan, state_dict: dict[str, Any], prefix: str = "") -> None:
+    """Put float weights into a state dict in the place of packed codes.
+
+    A model whose float weights were dropped saves those instead. The model already has the plan's structure.
+    """
+    for name, layer in plan.quantized_layers(model).items():
+        for weight, quantizer in layer.weight_quantizers().items():
+            key = f"{prefix}{name}.{weight}"
+            codes = state_dict.pop(f"{key}.codes", None)
+            if codes is None:
+                continue
+            twin, rows = build_quantizer(quantizer.scheme, quantizer.axis), layer.weight_rows(weight)
+            state = {f"{key}_quantizer.{part}": part for part in twin.state_names}
+            twin.load_state_dict({part: state_dict[long] for long, part in state.items() if long in state_dict})
+            decoded = twin.decode(unpack(codes, twin.scheme.bits, tuple(rows.shape))).to(rows.dtype)
+            state_dict[key] = decoded.t() if layer.transposed else decoded
 
 
 @contextmanager

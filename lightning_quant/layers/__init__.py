@@ -1,5 +1,6 @@
 """The quantized modules that a network is made of."""
 
+from lightning_quant.layers.as_it_was import WeightsAsTheyWere
 from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer
 from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
@@ -14,6 +15,7 @@ from lightning_quant.layers.learning import (
 )
 from lightning_quant.layers.linear import QuantEmbedding, QuantLinear
 from lightning_quant.layers.multihead import QuantMultiheadAttention
+from lightning_quant.layers.patch_bits import PatchBits
 from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
 from lightning_quant.layers.routing import MATMULS, SOFTMAXES, AttentionSite, softmax_is_last
 from lightning_quant.layers.structure import structure_kept
@@ -36,6 +38,7 @@ __all__ = [
     "AttentionSchemes",
     "AttentionSite",
     "LayerPlan",
+    "PatchBits",
     "Plan",
     "QuantAttention",
     "QuantConv1d",
@@ -44,6 +47,7 @@ __all__ = [
     "QuantLinear",
     "QuantMultiheadAttention",
     "QuantizedLayer",
+    "WeightsAsTheyWere",
     "as_float",
     "create_bias",
     "created_biases",

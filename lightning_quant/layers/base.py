@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.quantizers import Quantizer, Scheme, build_quantizer
+from lightning_quant.quantizers import NoisyQuantizer, Quantizer, Scheme, build_quantizer
 
 
 class QuantizedLayer(nn.Module):
@@ -54,6 +54,12 @@ class QuantizedLayer(nn.Module):
         if quantizer is not None:
             quantizer.to(self.device).train(self.training)  # born in training mode otherwise
 
+    def make_noisy(self) -> None:
+        """Let the input's quantizer have a fixed noise in front of it, none for now."""
+        assert self.input_quantizer is not None
+        noisy = NoisyQuantizer(self.input_quantizer.scheme, self.input_axis)
+        self.input_quantizer = noisy.to(self.device).train(self.training)
+
     @property
     def device(self) -> torch.device:
         """Where the layer's weights live."""
@@ -81,6 +87,10 @@ class QuantizedLayer(nn.Module):
     def quantized(self, name: str = "weight") -> Tensor:
         """The weight as the quantized layer computes with it."""
         return through(getattr(self, f"{name}_quantizer"), getattr(self, name))
+
+    def rounded_rows(self, name: str = "weight") -> Tensor:
+        """The same with output channels first: (out, ...)."""
+        return through(getattr(self, f"{name}_quantizer"), self.weight_rows(name))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str], *rest: Any

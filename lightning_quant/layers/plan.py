@@ -29,10 +29,11 @@ from lightning_quant.quantizers import Quantizer, Scheme
 
 @dataclass
 class LayerPlan:
-    """The formats of one layer's weights and inputs; ``None`` is float."""
+    """The formats of one layer's weights and inputs, ``None`` is float; whether noise is added to the inputs."""
 
     weights: str | None
     inputs: str | None
+    noisy: bool = False
 
 
 @dataclass
@@ -120,7 +121,9 @@ class Plan:
     def apply(self, model: nn.Module) -> None:
         """Build the quantized structure, uncalibrated, on a float model."""
         for name, layer in self.layers.items():
-            quantize_layer(model.get_submodule(name), _scheme(layer.weights), _scheme(layer.inputs))
+            twin = quantize_layer(model.get_submodule(name), _scheme(layer.weights), _scheme(layer.inputs))
+            if layer.noisy:
+                twin.make_noisy()
         for name, site in self.attention.items():
             schemes = AttentionSchemes(*(_scheme(getattr(site, operand)) for operand in QuantAttention.OPERANDS))
             quantize_attention(

@@ -25,10 +25,11 @@ from lightning_quant.calibration import (
 )
 from lightning_quant.graph import trace, units_of
 from lightning_quant.layers import QuantizedLayer
-from lightning_quant.modules.unit_data import UnitBatch, UnitData
+from lightning_quant.modules.unit_data import UnitData
 from lightning_quant.modules.unit_learning import UnitLearning, activations_float
 from lightning_quant.modules.unit_states import UnitStates
-from lightning_quant.solvers import Reconstruction
+from lightning_quant.modules.unit_tail import FloatTail
+from lightning_quant.solvers import Balance, Reconstruction, output_distance
 
 
 class Task(NamedTuple):
@@ -56,7 +57,7 @@ class ReconstructionStage(LightningModule):
 
     Args:
         model: a model that one of our callbacks has calibrated.
-        reconstruction: ``"adaround"``, ``"brecq"``, ``"qdrop"``, or settings.
+        reconstruction: ``"adaround"``, ``"brecq"``, ``"qdrop"``, ``"mgrq"``, or settings.
         batches: the calibration batches; by default they are drawn from the loader given to ``trainer.fit``.
         layers: names of the quantized layers that are reconstructed; default: all.
         state_dir: where the state is written; default: ``reconstruction`` below the Trainer's ``default_root_dir``.
@@ -155,12 +156,11 @@ class ReconstructionStage(LightningModule):
     def training_step(self, rows: Tensor, batch_idx: int) -> Tensor:
         """The error of the unit on some samples, and what undecided weights cost."""
         now = self._require_current()
-        batch = now.data.take(rows)
-        error = self._error(batch, now)
+        error, beside = self._errors(rows, now)
         self.log("unit", float(now.number), prog_bar=True, logger=False, batch_size=1)
         self.log("loss", error.detach(), prog_bar=True, logger=False, batch_size=1)
         now.losses.append(self.ranks.strategy.reduce(error.detach().clone(), reduce_op="mean"))
-        return error + now.learning.penalty(now.step) + 0 * self.anchor
+        return error + beside + now.learning.penalty(now.step) + 0 * self.anchor
 
     def on_after_backward(self) -> None:
         """Several ranks learn the same: their gradients are averaged here, since DDP does not know the Parameters."""
@@ -211,12 +211,18 @@ class ReconstructionStage(LightningModule):
                 self._states.folder / "cache",
             )
             scope.callback(data.close)
+            tail = None
+            if self.settings.global_weight:
+                tail = FloatTail(self.model, task.unit, self._batches, self._run, data.signature)
             seed = (self.settings.seed * 1_000_003 + number) * 4099 + self.ranks.global_rank
             scope.enter_context(learning.learn(seed))
             self._train(learning)
             random = torch.Generator().manual_seed(seed)
             gathering = time.perf_counter() - start
-            self._current = _Current(task, number + 1, data, learning, random, scope.pop_all(), gathering)
+            balance = Balance() if self.settings.balance else None
+            self._current = _Current(
+                task, number + 1, data, learning, random, scope.pop_all(), gathering, tail, balance
+            )
         return self._current
 
     def _train(self, learning: UnitLearning) -> None:
@@ -249,20 +255,29 @@ class ReconstructionStage(LightningModule):
             f"({now.gathering:.0f} s gathering samples, {time.perf_counter() - now.started:.0f} s learning)"
         )
 
-    def _error(self, batch: UnitBatch, now: _Current) -> Tensor:
-        signature = now.data.signature
+    def _errors(self, rows: Tensor, now: _Current) -> tuple[Tensor, Tensor]:
+        """The error of the unit's output on some samples, and what those below and above it count."""
+        batch, signature, settings = now.data.take(rows), now.data.signature, self.settings
         args, kwargs = signature.arguments(now.learning.mixed_inputs(batch))
-        inner = {name: now.data.layers[name] for name in signature.inner} if self.settings.layer_weight else {}
+        inner = {name: now.data.layers[name] for name in signature.inner} if settings.layer_weight else {}
         with hooked_outputs(inner) as found:
             outputs = signature.results(now.data.unit(*args, **kwargs))
         error = outputs[0].new_zeros(())
         importance: Sequence[Tensor | None] = batch.importance or [None] * len(outputs)
         for out, target, weight in zip(outputs, batch.targets, importance, strict=True):
             error = error + now.learning.distance(out, target, weight)
-        for name, axis in signature.inner.items() if inner else ():
-            layer_error = now.learning.distance(axis.first(found[name]), batch.inner[name], None)
-            error = error + self.settings.layer_weight * layer_error
-        return error
+        beside = error.new_zeros(())
+        if inner:
+            layers = [
+                now.learning.layer_distance(name, axis.first(found[name]), batch.inner[name])
+                for name, axis in signature.inner.items()
+            ]
+            beside = beside + settings.layer_weight * now.measured("layers", sum(layers, beside), error)
+        if now.tail is not None and now.step % settings.global_every == 0:
+            far = output_distance(*now.tail(rows, outputs), settings.global_loss)
+            times = settings.global_weight * settings.global_every
+            beside = beside + times * now.measured("output", far, error)
+        return error, beside
 
     def _require_current(self) -> _Current:
         assert self._current is not None
@@ -288,11 +303,18 @@ class _Current:
         random: torch.Generator,
         scope: ExitStack,
         gathering: float,
+        tail: FloatTail | None,
+        balance: Balance | None,
     ) -> None:
         self.task, self.number, self.data, self.learning, self.random = task, number, data, learning, random
         self.scope, self.gathering, self.started = scope, gathering, time.perf_counter()
+        self.tail, self.balance = tail, balance
         self.step = 0
         self.losses: list[Tensor] = []
+
+    def measured(self, name: str, error: Tensor, unit: Tensor) -> Tensor:
+        """An error in units of the unit's own, if the settings say so."""
+        return error if self.balance is None else self.balance(name, error, unit)
 
     def finished(self, settings: Reconstruction) -> bool:
         """Whether this was the last step."""

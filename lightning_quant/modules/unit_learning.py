@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_quant.layers import QuantAttention, QuantizedLayer, learn_scale, settle_scale
 from lightning_quant.modules.unit_data import UnitBatch
 from lightning_quant.quantizers import LearnedQuantizer, Quantizer
-from lightning_quant.solvers import ROUNDINGS, Reconstruction, WeightRounding
+from lightning_quant.solvers import ROUNDINGS, Reconstruction, WeightRounding, moment_distance
 
 
 class UnitLearning:
@@ -106,6 +106,13 @@ class UnitLearning:
         # The channels are the last axis, but axis 1 behind convolutions: the last layer's width tells.
         width = next((size for size in reversed(self.channels) if size in target.shape[1:]), target.shape[-1])
         return error.mean() * width
+
+    def layer_distance(self, name: str, out: Tensor, target: Tensor) -> Tensor:
+        """The error of a layer inside the unit."""
+        if self.settings.layer_loss == "mse":
+            return self.distance(out, target, None)
+        layer = self.model.get_submodule(name)
+        return moment_distance(out, target, layer.input_axis if isinstance(layer, QuantizedLayer) else -1)
 
     def after_step(self) -> None:
         """The optimizer may have pushed a scale below 0."""

@@ -15,23 +15,32 @@ from lightning_quant.quantizers.logarithmic import (
     log_fake_quantize,
     log_quantize,
 )
+from lightning_quant.quantizers.noisy import NoisyQuantizer
 from lightning_quant.quantizers.observers import Observer, refuse_nonfinite
 from lightning_quant.quantizers.quantiles import quantile
 from lightning_quant.quantizers.ranges import Distribution, RangeRule, search
 from lightning_quant.quantizers.scheme import Scheme
+from lightning_quant.quantizers.tangent import ArctangentQuantizer, TangentQuantizer, bend, unbend
+from lightning_quant.quantizers.twin import TwinQuantizer, UnsignedTwinQuantizer
 from lightning_quant.quantizers.uniform import UniformQuantizer, dequantize, fake_quantize, quantize, uniform_state
 
 __all__ = [
+    "ArctangentQuantizer",
     "Distribution",
     "FloatQuantizer",
     "Histogram",
     "LearnedQuantizer",
     "LogQuantizer",
+    "NoisyQuantizer",
     "Observer",
     "Quantizer",
     "RangeRule",
     "Scheme",
+    "TangentQuantizer",
+    "TwinQuantizer",
     "UniformQuantizer",
+    "UnsignedTwinQuantizer",
+    "bend",
     "build_quantizer",
     "dequantize",
     "fake_quantize",
@@ -51,5 +60,6 @@ __all__ = [
     "search",
     "straight_through",
     "to_steps",
+    "unbend",
     "uniform_state",
 ]

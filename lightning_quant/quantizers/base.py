@@ -103,7 +103,7 @@ class Quantizer(nn.Module, ABC):
             return self._solved(x)
         working = x if x.dtype in (torch.float32, torch.float64) else x.float()
         view = self._view(working)
-        return self.simulate(view, *self._state_for(view)).reshape(x.shape).to(x.dtype)
+        return self.simulate(view, *self.state_for(view)).reshape(x.shape).to(x.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns the integer codes of ``x``: int32, never negative, in the shape of ``x``.
@@ -117,7 +117,7 @@ class Quantizer(nn.Module, ABC):
         if bool(x.isnan().any()):
             raise ValueError(f"{self!r} cannot encode NaN; check the tensor before encoding it.")
         view = self._view(x.float())
-        return self.to_codes(view, *self._state_for(view)).reshape(x.shape)
+        return self.to_codes(view, *self.state_for(view)).reshape(x.shape)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Quantizer(nn.Module, ABC):
         """
         self._require_stored_state("decode")
         view = self._view(codes)
-        return self.from_codes(view, *self._state_for(view)).reshape(codes.shape)
+        return self.from_codes(view, *self.state_for(view)).reshape(codes.shape)
 
     # ------------------------------------------------------------------ state
 
@@ -256,7 +256,7 @@ class Quantizer(nn.Module, ABC):
             return view.movedim(self.axis, 0).flatten(1) if view.dim() > 1 else view.unsqueeze(1)
         return view.flatten(0, -2) if self.scheme.granularity == "group" else view.reshape(1, -1)
 
-    def _state_for(self, view: Tensor) -> tuple[Tensor, ...]:
+    def state_for(self, view: Tensor) -> tuple[Tensor, ...]:
         """The state in the shape that broadcasts against ``view``, found on the spot if dynamic."""
         if self.scheme.dynamic:
             lo, hi = self._extremes(view.detach())

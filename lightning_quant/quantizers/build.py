@@ -6,11 +6,19 @@ from lightning_quant.quantizers.base import Quantizer
 from lightning_quant.quantizers.floating import FloatQuantizer
 from lightning_quant.quantizers.logarithmic import LogQuantizer
 from lightning_quant.quantizers.scheme import Scheme
+from lightning_quant.quantizers.tangent import ArctangentQuantizer, TangentQuantizer
+from lightning_quant.quantizers.twin import TwinQuantizer, UnsignedTwinQuantizer
 from lightning_quant.quantizers.uniform import UniformQuantizer
 
 __all__ = ["build_quantizer"]
 
-QUANTIZERS: dict[str, type[Quantizer]] = {"int": UniformQuantizer, "float": FloatQuantizer, "log": LogQuantizer}
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    quantizer.kind: quantizer
+    for quantizer in (
+        *(UniformQuantizer, FloatQuantizer, LogQuantizer, TangentQuantizer, ArctangentQuantizer),
+        *(TwinQuantizer, UnsignedTwinQuantizer),
+    )
+}
 
 
 def build_quantizer(scheme: Scheme | str, axis: int | None = None) -> Quantizer:

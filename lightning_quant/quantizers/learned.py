@@ -149,11 +149,12 @@ class LearnedQuantizer(UniformQuantizer):
         """Turns a scale that an optimizer pushed below 0 around; to be called after each optimizer step."""
         self.scale.abs_().clamp_(min=TINY)
 
-    def _state_for(self, view: Tensor) -> tuple[Tensor, ...]:
+    def state_for(self, view: Tensor) -> tuple[Tensor, ...]:
+        """The state in the shape that broadcasts against ``view``, with the gradients of LSQ."""
         samples = 1 if self.axis == 0 or not view.dim() else view.shape[0]
         sharing = max(1.0, view.numel() / max(1, samples * self.scale.numel()))
         factor = 1 / math.sqrt(sharing * self.scheme.qmax)
-        scale, zero_point = super()._state_for(view)
+        scale, zero_point = super().state_for(view)
         scale = straight_through(scale, scale.detach().clamp(min=TINY))
         learned_offset = isinstance(self.zero_point, nn.Parameter)
         return scale_gradient(scale, factor), scale_gradient(zero_point, factor) if learned_offset else zero_point

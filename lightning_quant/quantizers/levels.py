@@ -8,6 +8,9 @@ from torch import Tensor
 from lightning_quant.quantizers.base import Quantizer
 from lightning_quant.quantizers.floating import FloatQuantizer, float_grid
 from lightning_quant.quantizers.logarithmic import STEPS_PER_OCTAVE, LogQuantizer
+from lightning_quant.quantizers.noisy import NoisyQuantizer
+from lightning_quant.quantizers.tangent import TangentQuantizer
+from lightning_quant.quantizers.twin import TwinQuantizer
 
 __all__ = ["from_steps", "levels", "to_steps"]
 
@@ -16,7 +19,8 @@ def levels(quantizer: Quantizer) -> Tensor:
     r"""Returns where the levels of a format are on its own ruler, in ascending order.
 
     The ruler is the same for all elements, however many scales there are: the integers :math:`q` of a uniform grid,
-    the values of a float format, and :math:`n \log_2 (x / d)` of a logarithmic one (whose 0 has no place on it).
+    the values of a float format, :math:`n \log_2 (x / d)` of a logarithmic one (whose 0 has no place on it), and the
+    codes of a tangent one.
 
     Args:
         quantizer: Calibrated or not.
@@ -33,6 +37,10 @@ def levels(quantizer: Quantizer) -> Tensor:
         return float_grid(quantizer.exponent, quantizer.mantissa)
     if isinstance(quantizer, LogQuantizer):
         return torch.arange(1 - 2**scheme.bits, 1).float()
+    if isinstance(quantizer, TangentQuantizer):
+        return torch.arange(quantizer.last + 1).float()
+    if isinstance(quantizer, TwinQuantizer):
+        return torch.arange(2**scheme.bits).float() + quantizer.lowest
     return torch.arange(scheme.qmin, scheme.qmax + 1).float()
 
 
@@ -40,8 +48,9 @@ def levels(quantizer: Quantizer) -> Tensor:
 def to_steps(quantizer: Quantizer, x: Tensor) -> Tensor:
     r"""Returns where ``x`` lies on the ruler of :func:`levels`, before it is rounded.
 
-    That is :math:`x / s + z` for a uniform format, :math:`x / s` for a float one and :math:`n \log_2 (x / d)` for a
-    logarithmic one: minus infinity for 0, NaN below.
+    That is :math:`x / s + z` for a uniform format (with its noise added to x), :math:`x / s` for a float one and
+    :math:`n \log_2 (x / d)` for a logarithmic one: minus infinity for 0, NaN below. Beyond its levels the ruler of a
+    tangent format goes on in a straight line.
 
     Args:
         quantizer: A calibrated or dynamic quantizer.
@@ -56,12 +65,19 @@ def to_steps(quantizer: Quantizer, x: Tensor) -> Tensor:
                 [ 1.0000, 15.0000]])
     """
     view = quantizer._view(x.to(torch.promote_types(x.dtype, torch.float32)))
-    scale, *zero_point = quantizer._state_for(view)
+    scale, *others = quantizer.state_for(view)
+    if isinstance(quantizer, NoisyQuantizer):
+        view = view + others[1]
     steps = view / scale
     if isinstance(quantizer, LogQuantizer):
         steps = steps.log2_().mul_(STEPS_PER_OCTAVE[quantizer.base])
-    elif zero_point:
-        steps = steps + zero_point[0]
+    elif isinstance(quantizer, TangentQuantizer):
+        inside = steps.clamp(0, 1)
+        steps = (quantizer.to_ruler(inside, others[0]) + steps - inside) * quantizer.last
+    elif isinstance(quantizer, TwinQuantizer):
+        steps = quantizer.to_ruler(steps, others[0])
+    elif others:
+        steps = steps + others[0]
     return steps.reshape(x.shape)
 
 
@@ -80,12 +96,18 @@ def from_steps(quantizer: Quantizer, steps: Tensor) -> Tensor | None:
         >>> from_steps(quantizer, torch.tensor([0.0, 15.0]))
         tensor([-1., 14.])
     """
-    if quantizer.scheme.dynamic or quantizer.scale.numel() != 1:
+    if quantizer.scheme.dynamic or any(state.numel() != 1 for state in _state(quantizer)):
         return None
-    scale, *zero_point = (state.detach().reshape(()).to(steps.device) for state in _state(quantizer))
+    scale, *others = (state.detach().reshape(()).to(steps.device) for state in _state(quantizer))
     if isinstance(quantizer, LogQuantizer):
         return torch.exp2(steps / STEPS_PER_OCTAVE[quantizer.base]) * scale
-    return (steps - zero_point[0] if zero_point else steps) * scale
+    if isinstance(quantizer, TangentQuantizer):
+        places = steps / quantizer.last
+        inside = places.clamp(0, 1)
+        return (quantizer.from_ruler(inside, others[0]) + places - inside) * scale
+    if isinstance(quantizer, TwinQuantizer):
+        return quantizer.from_ruler(steps, others[0]) * scale
+    return (steps - others[0] if others else steps) * scale
 
 
 def _state(quantizer: Quantizer) -> list[Tensor]:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-Kind: TypeAlias = Literal["int", "float", "log"]
+Kind: TypeAlias = Literal["int", "float", "log", "tan", "atan", "twin", "utwin"]
 Granularity: TypeAlias = Literal["tensor", "channel", "token", "group"]
 
 EXAMPLES = (
@@ -16,6 +16,7 @@ EXAMPLES = (
 _INTEGER = re.compile(r"(u?)int(\d+)")
 _FLOAT = re.compile(r"fp(\d+)_e(\d+)m(\d+)")
 _LOG = re.compile(r"log(2|sqrt2)_(\d+)")
+_OTHER = re.compile(r"(a?tan|u?twin)_(\d+)")
 _GROUP = re.compile(r"g(\d+)")
 
 
@@ -26,10 +27,12 @@ class Scheme:
     ``None`` in ``symmetric`` or ``granularity`` means that the method chooses; :meth:`resolve` fills in the choice.
 
     Args:
-        kind: ``"int"`` (uniform grid), ``"float"`` (sign, exponent, mantissa) or ``"log"`` (powers of a base).
+        kind: ``"int"`` (uniform grid), ``"float"`` (sign, exponent, mantissa), ``"log"`` (powers of a base), ``"tan"``
+            or ``"atan"`` (a grid bent by a tangent, fine near 0 or near the largest level), ``"twin"`` or ``"utwin"``
+            (two uniform grids, for the numbers below and above 0 or for the small and the large ones).
         bits: Number of bits of one code.
         signed: ``False`` for ``uintN``: a symmetric unsigned grid starts at 0.
-        symmetric: Whether the zero point is 0. Always ``True`` for floats and logarithms.
+        symmetric: Whether the zero point is 0. Always ``True`` for all but integers.
         granularity: What shares one scale: the whole tensor, a channel, a token (every index but the last axis) or a
             group of ``group_size`` consecutive elements.
         group_size: Elements in a group, only with granularity ``"group"``.
@@ -62,17 +65,17 @@ class Scheme:
     base: Literal["2", "sqrt2"] | None = None
 
     def __post_init__(self) -> None:
-        # Floats and logarithms have no zero point, and a power grid has one scale: normalised here, so that equal
-        # formats are equal objects however they were written.
+        # Only integers have a zero point, and a companded grid has one scale: normalised here, so that equal formats
+        # are equal objects however they were written.
         if self.kind != "int":
             if self.symmetric is False:
                 raise _InvalidScheme(str(self), "only integers have a zero point, so `_asym` does not apply")
             object.__setattr__(self, "symmetric", True)
-        if self.kind == "log":
+        if self.companded or self.kind == "twin":
             if self.granularity not in (None, "tensor"):
-                raise _InvalidScheme(str(self), "a logarithmic format has one scale per tensor")
+                raise _InvalidScheme(str(self), f"a {self.family} format has one scale per tensor")
             object.__setattr__(self, "granularity", "tensor")
-            object.__setattr__(self, "signed", False)
+            object.__setattr__(self, "signed", not self.companded)
         if self.granularity == "token":
             object.__setattr__(self, "dynamic", True)
         if (self.granularity == "group") != (self.group_size is not None):
@@ -91,6 +94,9 @@ class Scheme:
         elif self.kind == "log":
             if self.base is None or not 2 <= self.bits <= 8:
                 return "logarithmic formats have base 2 or sqrt2 and 2 to 8 bits"
+        elif self.kind != "float":
+            if not 2 <= self.bits <= 8:
+                return f"{self.family} formats have 2 to 8 bits"
         elif self.exponent is None or self.mantissa is None:
             return "a float format names its exponent and mantissa bits"
         elif not 1 <= self.exponent <= 8 or self.mantissa < 0:
@@ -103,8 +109,9 @@ class Scheme:
     def parse(cls, text: str | Scheme) -> Scheme:
         """Reads a format string.
 
-        A format is ``int2`` to ``int16``, ``uint1`` to ``uint16``, ``fpN_eXmY``, ``log2_N`` or ``logsqrt2_N``, followed
-        by any of ``_sym _asym _tensor _channel _token _dynamic _gN`` in any order.
+        A format is ``int2`` to ``int16``, ``uint1`` to ``uint16``, ``fpN_eXmY``, ``log2_N``, ``logsqrt2_N``, ``tan_N``,
+        ``atan_N``, ``twin_N`` or ``utwin_N``, followed by any of ``_sym _asym _tensor _channel _token _dynamic _gN``
+        in any order.
 
         Args:
             text: The format string; a :class:`Scheme` is returned as it is.
@@ -147,6 +154,17 @@ class Scheme:
         )
 
     @property
+    def companded(self) -> bool:
+        """Whether the levels are an uneven grid from 0 to one largest level, for what is never negative."""
+        return self.kind in ("log", "tan", "atan", "utwin")
+
+    @property
+    def family(self) -> str:
+        """What formats of this kind are called."""
+        names = {"int": "integer", "log": "logarithmic", "tan": "tangent", "atan": "tangent", "utwin": "twin"}
+        return names.get(self.kind, self.kind)
+
+    @property
     def qmin(self) -> int:
         """Lowest integer of the grid: negative only if the format is signed and symmetric."""
         return -(1 << self.bits - 1) if self._two_sided else 0
@@ -172,10 +190,10 @@ class Scheme:
         elif self.kind == "float":
             text = f"fp{self.bits}_e{self.exponent}m{self.mantissa}"
         else:
-            text = f"log{self.base}_{self.bits}"
+            text = f"{self.kind}{self.base or ''}_{self.bits}"
         if self.granularity == "group":
             text += f"_g{self.group_size}"
-        elif self.granularity is not None and self.kind != "log":
+        elif self.granularity is not None and self.kind in ("int", "float"):
             text += f"_{self.granularity}"
         return text + ("_dynamic" if self.dynamic else "")
 
@@ -205,11 +223,15 @@ def _split_base(text: str) -> tuple[dict[str, object], list[str]]:
         return {"kind": "float", "bits": bits, "exponent": exponent, "mantissa": mantissa}, words[2:]
     if match := _LOG.fullmatch(base):
         return {"kind": "log", "bits": int(match[2]), "base": match[1]}, words[2:]
+    if match := _OTHER.fullmatch(base):
+        return {"kind": match[1], "bits": int(match[2])}, words[2:]
     if words[0].startswith("fp"):
         raise _InvalidScheme(text, "a float format is written fpN_eXmY with N = 1 + X + Y")
     if words[0].startswith("log"):
         raise _InvalidScheme(text, "a logarithmic format is written log2_N or logsqrt2_N")
-    raise _InvalidScheme(text, "it starts with none of intN, uintN, fpN_eXmY, log2_N, logsqrt2_N")
+    raise _InvalidScheme(
+        text, "it starts with none of intN, uintN, fpN_eXmY, log2_N, logsqrt2_N, tan_N, atan_N, twin_N"
+    )
 
 
 def _parse_suffixes(words: list[str]) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from lightning_quant.reports.bars import Bars, bars
 from lightning_quant.reports.errors import LayerError, ModelErrors, TensorError
 from lightning_quant.reports.findings import Findings, circumstances
-from lightning_quant.reports.float_metrics import float_metrics
+from lightning_quant.reports.float_metrics import float_metrics, own_metrics
 from lightning_quant.reports.html import Html, join, tag
 from lightning_quant.reports.loggers import log_sections
 from lightning_quant.reports.page import render, write
@@ -28,6 +28,7 @@ __all__ = [
     "join",
     "log_sections",
     "model_sizes",
+    "own_metrics",
     "render",
     "standard_sections",
     "tag",

@@ -1,4 +1,4 @@
-"""The metrics of the float twin: one more pass of Lightning's own evaluation loop, seen by nobody else."""
+"""The metrics of a model, or of its float twin: one more pass of Lightning's own loop, seen by nobody else."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ from lightning_quant.layers import as_float
 def float_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
     """What ``trainer.validate`` or ``trainer.test`` would report of the float twin of a quantized model.
 
-    To be called where one of them has just ended its own loop, in ``on_validation_end`` or ``on_test_end``, on every
-    rank. The loop runs once more over the same loaders with the same limits; callbacks and loggers are absent, and
-    the metrics of the run are left as they were.
+    Args:
+        trainer: in ``validate`` or ``test``; see :func:`own_metrics`.
+        pl_module: the quantized model.
+    """
+    with as_float(pl_module):
+        return own_metrics(trainer, pl_module)
+
+
+def own_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+    """What ``trainer.validate`` or ``trainer.test`` would report of the model as it is now.
+
+    To be called where one of them has not begun or has just ended its own loop, in ``on_validation_start`` or
+    ``on_validation_end``, ``on_test_start`` or ``on_test_end``, on every rank. The loop runs once more over the same
+    loaders with the same limits; callbacks and loggers are absent, and the metrics of the run are left as they were.
 
     Args:
         trainer: in ``validate`` or ``test``.
-        pl_module: the quantized model.
+        pl_module: the model.
     """
     testing = trainer.state.stage == RunningStage.TESTING
     name = "test_loop" if testing else "validate_loop"
@@ -35,7 +46,7 @@ def float_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, flo
     try:
         trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
         setattr(trainer, name, inner)
-        with undisturbed(pl_module), as_float(pl_module):
+        with undisturbed(pl_module):
             for metric in pl_module.modules():
                 if isinstance(metric, Metric):
                     metric.reset()  # Lightning does so only where the loop that used it begins anew

@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
+from lightning_quant.solvers.allocation import Allocation
+from lightning_quant.solvers.attention_levels import FittedLevels, fit_attention_levels
+from lightning_quant.solvers.bits import SEARCHES, Decision, Point, greedy, integer_program, pareto, trade_off
+from lightning_quant.solvers.budgets import Budget
 from lightning_quant.solvers.clipping import clipping_error, learn_clips
+from lightning_quant.solvers.noise import (
+    OutputError,
+    clip_states,
+    denoising_bias,
+    mean_states,
+    noise_states,
+)
 from lightning_quant.solvers.reconstruction import PRESETS, Reconstruction
-from lightning_quant.solvers.rounding import ROUNDINGS, JointRounding, SoftRounding, TrainedWeight, WeightRounding
+from lightning_quant.solvers.rounding import (
+    ROUNDINGS,
+    FreeRounding,
+    JointRounding,
+    SoftRounding,
+    TrainedWeight,
+    WeightRounding,
+)
+from lightning_quant.solvers.sensitivity import PRODUCERS, sensitivities
+from lightning_quant.solvers.supervision import Balance, moment_distance, output_distance
+from lightning_quant.solvers.twins import align_twin, product_error
 
 __all__ = [
     "PRESETS",
+    "PRODUCERS",
     "ROUNDINGS",
+    "SEARCHES",
+    "Allocation",
+    "Balance",
+    "Budget",
+    "Decision",
+    "FittedLevels",
+    "FreeRounding",
     "JointRounding",
+    "OutputError",
+    "Point",
     "Reconstruction",
     "SoftRounding",
     "TrainedWeight",
     "WeightRounding",
+    "align_twin",
+    "clip_states",
     "clipping_error",
+    "denoising_bias",
+    "fit_attention_levels",
+    "greedy",
+    "integer_program",
     "learn_clips",
+    "mean_states",
+    "moment_distance",
+    "noise_states",
+    "output_distance",
+    "pareto",
+    "product_error",
+    "sensitivities",
+    "trade_off",
 ]

@@ -23,8 +23,8 @@ class Reconstruction:
             ``"stage"`` (a module that holds several blocks), or name patterns of modules.
         phases: what is learned in which pass over the units: ``"weights"`` (activations are float meanwhile),
             ``"activations"``, or ``"joint"`` for both at once.
-        rounding: ``"adaround"``, ``"joint"`` (with the step size), ``"weights"`` (the float weight itself) or
-            ``"nearest"`` (nothing is learned).
+        rounding: ``"adaround"``, ``"joint"`` (with the step size), ``"weights"`` (the float weight itself), ``"free"``
+            (the weight, its scale and its zero point) or ``"nearest"`` (nothing is learned).
         inputs: what a unit is fed: the output of the ``"quantized"`` units before it, that of the ``"float"`` ones, or
             ``"mixed"``, element by element (QDrop).
         keep: the probability that an element stays quantized, in mixed inputs and in the unit's own activations;
@@ -32,7 +32,7 @@ class Reconstruction:
         iterations: steps per unit.
         batch_size: samples per step.
         samples: how many samples are drawn; their inputs and outputs of one unit are kept at a time.
-        learning_rate: of the rounding, with Adam.
+        learning_rate: of the rounding, with Adam; for ``"free"`` in steps of the grid.
         scale_learning_rate: of the scales, with Adam, falling to 0 along a cosine; ``None`` leaves them alone. It is
             relative to the scale itself.
         penalty: :math:`\lambda`, what an undecided weight costs.
@@ -41,6 +41,13 @@ class Reconstruction:
         norm: the exponent :math:`p` of the error.
         loss: ``"mse"``, or ``"fisher"``, which weights the error by how much the model's output depends on it.
         layer_weight: what the errors of the layers inside a unit count, beside that of its output.
+        layer_loss: what these errors are: ``"mse"``, or ``"moments"`` for mean and standard deviation of each channel.
+        global_weight: what the error of the model's own output counts, when the unit's output runs through the float
+            layers behind it.
+        global_loss: what that error is: ``"kl"`` between softmaxes along the last axis, or ``"mse"``.
+        global_every: in every how many steps it is evaluated; it counts as many times then.
+        balance: whether these errors are measured by what they are at first, in units of what the unit's own is then;
+            otherwise they are added as they are.
         patience: end a unit when its loss has not fallen for that many steps; 0 never does.
         cache: where a unit's inputs and outputs are kept: ``"ram"``, ``"disk"``, or ``"recompute"`` for nowhere.
         seed: of the order of samples and of dropped elements.
@@ -71,6 +78,11 @@ class Reconstruction:
     norm: float = 2.0
     loss: Literal["mse", "fisher"] = "mse"
     layer_weight: float = 0.0
+    layer_loss: Literal["mse", "moments"] = "mse"
+    global_weight: float = 0.0
+    global_loss: Literal["kl", "mse"] = "kl"
+    global_every: int = 4
+    balance: bool = False
     patience: int = 0
     cache: Literal["ram", "disk", "recompute"] = "ram"
     seed: int = 0
@@ -80,6 +92,8 @@ class Reconstruction:
             "rounding": [*ROUNDINGS, "nearest"],
             "inputs": ["quantized", "float", "mixed"],
             "loss": ["mse", "fisher"],
+            "layer_loss": ["mse", "moments"],
+            "global_loss": ["kl", "mse"],
             "cache": ["ram", "disk", "recompute"],
         }
         for name, allowed in choices.items():
@@ -95,9 +109,12 @@ class Reconstruction:
             raise ValueError(f"phases={self.phases} decide the rounding of weights more than once")
         if not 0 <= self.keep <= 1 or not 0 <= self.warmup <= 1:
             raise ValueError(f"keep={self.keep} and warmup={self.warmup} are parts, from 0 to 1")
-        for name in ("iterations", "batch_size", "samples"):
+        for name in ("iterations", "batch_size", "samples", "global_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("layer_weight", "global_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, found {getattr(self, name)}")
 
     @classmethod
     def parse(cls, given: str | Reconstruction | dict[str, Any]) -> Reconstruction:
@@ -133,4 +150,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adaround": {"granularity": "layer", "phases": ["weights"], "inputs": "quantized", "keep": 1.0},
     "brecq": {"granularity": "block", "phases": ["weights", "activations"], "inputs": "quantized", "keep": 1.0},
     "qdrop": {"granularity": "block", "phases": ["joint"], "inputs": "mixed", "keep": 0.5},
+    "adaquant": {
+        **{"granularity": "layer", "phases": ["joint"], "rounding": "free", "inputs": "quantized", "keep": 1.0},
+        "learning_rate": 3e-3,
+    },
+    "mgrq": {
+        **{"granularity": "block", "phases": ["joint"], "inputs": "quantized", "keep": 1.0, "balance": True},
+        **{"global_weight": 0.5, "layer_weight": 0.5, "layer_loss": "moments"},
+    },
 }

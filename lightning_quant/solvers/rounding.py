@@ -1,16 +1,17 @@
-"""Learn how a weight is rounded: up or down (AdaRound), with the step size too (Genie), or by training the float."""
+"""Learn how a weight is rounded: up or down (AdaRound), with the step size too (Genie), or by moving the weight."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.quantizers import Quantizer, UniformQuantizer, levels, to_steps
+from lightning_quant.quantizers import Quantizer, UniformQuantizer, levels, straight_through, to_steps
 
-__all__ = ["ROUNDINGS", "JointRounding", "SoftRounding", "TrainedWeight", "WeightRounding"]
+__all__ = ["ROUNDINGS", "FreeRounding", "JointRounding", "SoftRounding", "TrainedWeight", "WeightRounding"]
 
 # h stretches the sigmoid so that it reaches 0 and 1 at finite values.
 LOWER, UPPER = -0.1, 1.1
+TINY = torch.finfo(torch.float32).tiny
 
 
 class WeightRounding(nn.Module):
@@ -140,9 +141,7 @@ class JointRounding(SoftRounding):
     @torch.no_grad()
     def harden(self, quantizer: Quantizer) -> None:
         """Take the learned step size over, then round."""
-        quantizer.scale = (
-            self.scale.detach().abs().clamp(min=torch.finfo(torch.float32).tiny).reshape(quantizer.scale.shape)
-        )
+        quantizer.scale = self.scale.detach().abs().clamp(min=TINY).reshape(quantizer.scale.shape)
         super().harden(quantizer)
 
 
@@ -166,10 +165,84 @@ class TrainedWeight(WeightRounding):
         quantizer.solve(quantizer.encode(self.trained))
 
 
+class FreeRounding(WeightRounding):
+    r"""AdaQuant's: the weight moves freely, and its scale and zero point with it; each is rounded to the nearest.
+
+    .. math::
+        \hat W = s \, (\text{clamp}(\lfloor W / s \rceil + z, \, q_{min}, \, q_{max}) - z)
+
+    where z is rounded, and gradients pass straight through every rounding. A weight may move by more than one step, and
+    nothing drives it to a decision. Its learning rate is in steps of the grid, so that it means the same whatever the
+    size of weights.
+
+    References: Hubara et al., *Improving Post Training Neural Quantization: Layer-wise Calibration and Integer
+    Programming*, 2020.
+
+    Example:
+        >>> quantizer, weight = UniformQuantizer("int4_sym_channel", axis=0), torch.tensor([[0.3, -0.8]])
+        >>> quantizer.fit(weight)
+        >>> rounding = FreeRounding(quantizer, weight)
+        >>> torch.equal(rounding.weight(), quantizer(weight))
+        True
+        >>> rounding.weight().sum().backward()
+        >>> rounding.trained.grad
+        tensor([[1., 1.]])
+    """
+
+    def __init__(self, quantizer: Quantizer, weight: Tensor) -> None:
+        super().__init__(quantizer, weight)
+        if not isinstance(quantizer, UniformQuantizer):
+            raise ValueError(f"{quantizer!r} has no zero point to move: rounding='free' takes formats like 'int4'")
+        self.ends = (quantizer.scheme.qmin, quantizer.scheme.qmax)
+        self.quantizer = (quantizer,)  # not a child: it belongs to the layer
+        self.trained = nn.Parameter(
+            quantizer.rows(weight.detach().float()).clone()
+        )  # (scales, elements that share one)
+        self.scale = nn.Parameter(quantizer.scale.reshape(-1, 1).clone())
+        zero_point = quantizer.zero_point.reshape(-1, 1).clone()
+        self.zero_point = nn.Parameter(zero_point, requires_grad=not quantizer.scheme.symmetric)
+
+    def weight(self) -> Tensor:
+        """To the nearest, with the gradient passed straight through."""
+        scale = straight_through(self.scale, self._positive())
+        zero_point = straight_through(self.zero_point, self.zero_point.detach().round())
+        steps = self.trained / scale
+        codes = (straight_through(steps, steps.detach().round()) + zero_point).clamp(*self.ends)
+        return self._as_weight((codes - zero_point) * scale)
+
+    @torch.no_grad()
+    def harden(self, quantizer: Quantizer) -> None:
+        """Take scale and zero point over, then round to the nearest."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters()):
+            raise ValueError("the weight has diverged (NaN); lower learning_rate=")
+        quantizer.scale = self._positive().reshape(quantizer.scale.shape)
+        assert isinstance(quantizer, UniformQuantizer)
+        quantizer.zero_point = self.zero_point.detach().round().reshape(quantizer.zero_point.shape)
+        quantizer.solve(quantizer.encode(self._as_weight(self.trained.detach())))
+
+    def groups(self, rounding_lr: float, scale_lr: float) -> list[dict[str, object]]:
+        """The weight learns in steps; a zero point is one already."""
+        size = self.scale.detach().abs().mean().item()
+        learned = [{"params": [self.trained], "lr": rounding_lr * size, "decay": True}]
+        if scale_lr > 0:
+            learned.append({"params": [self.scale], "lr": scale_lr, "decay": True})
+            if self.zero_point.requires_grad:
+                learned.append({"params": [self.zero_point], "lr": scale_lr / max(size, TINY), "decay": True})
+        return learned
+
+    def _positive(self) -> Tensor:
+        return self.scale.detach().abs().clamp(min=TINY)
+
+    def _as_weight(self, rows: Tensor) -> Tensor:
+        """Back to the layout of the weight: output channels, and groups within them, are in order."""
+        return rows.reshape(self.shape)
+
+
 ROUNDINGS: dict[str, type[WeightRounding]] = {
     "adaround": SoftRounding,
     "joint": JointRounding,
     "weights": TrainedWeight,
+    "free": FreeRounding,
 }
 
 

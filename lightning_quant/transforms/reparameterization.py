@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,20 +27,26 @@ class Reparameterization(NamedTuple):
     shift: Tensor
 
 
-def per_tensor(scale: Tensor, zero_point: Tensor, round_zero_point: bool = True) -> Reparameterization:
+def per_tensor(
+    scale: Tensor, zero_point: Tensor, round_zero_point: bool = True, centre: Literal["mean", "median"] = "mean"
+) -> Reparameterization:
     r"""Turn per-channel quantization parameters into per-tensor ones for :math:`\tilde X = (X + s \odot r_2) / r_1`.
 
     .. math::
         \tilde s = \text{mean}(s), \quad \tilde z = \lfloor \text{mean}(z) \rceil, \quad r_1 = s / \tilde s, \quad
         r_2 = z - \tilde z
 
-    Then :math:`\tilde X / \tilde s + \tilde z = X / s + z`: the codes are the same.
+    Then :math:`\tilde X / \tilde s + \tilde z = X / s + z`: the codes are the same. They are so for any
+    :math:`\tilde s`, and what it multiplies :math:`W` by a range per output channel takes out again: only what is
+    learned after the fold can tell one :math:`\tilde s` from another.
 
     Args:
         scale: :math:`s` (C,).
         zero_point: :math:`z` (C,).
         round_zero_point: whether :math:`\tilde z` is rounded; only then are the codes integers that equal the
             per-channel ones.
+        centre: ``"median"`` takes the (lower) medians instead of the means: of all :math:`s_j` the one with the least
+            mean absolute deviation from the others, which a few extreme channels do not move.
 
     >>> x, s, z = torch.randn(100, 3), torch.tensor([0.1, 0.2, 0.4]), torch.tensor([7.0, 8.0, 9.0])
     >>> scale, zero_point, divisor, shift = per_tensor(s, z)
@@ -51,7 +57,10 @@ def per_tensor(scale: Tensor, zero_point: Tensor, round_zero_point: bool = True)
     scale, zero_point = scale.double(), zero_point.double()
     floored = scale.clamp(min=SMALLEST_RELATIVE_SCALE * scale.mean())
     zero_point = torch.where(floored > scale, (zero_point * scale / floored).round(), zero_point)
-    whole_scale, whole_zero_point = floored.mean(), zero_point.mean()
+    if centre == "median":
+        whole_scale, whole_zero_point = floored.median(), zero_point.median()  # of an even number: the lower one
+    else:
+        whole_scale, whole_zero_point = floored.mean(), zero_point.mean()
     if round_zero_point:
         whole_zero_point = whole_zero_point.round()
     return Reparameterization(

@@ -94,7 +94,7 @@ def test_every_quantizer_is_in_the_state_dict(method):
         if isinstance(layer, QuantizedLayer):
             assert state[f"{name}.folded"].dtype == torch.bool
             assert state[f"{name}.weight_quantizer.scale"].numel() == len(layer.weight)
-    assert bool(state["blocks.0.qkv.folded"]) == (method is repq) and not state["head.folded"]
+    assert bool(state["blocks.0.qkv.folded"]) == (method is not ptq) and not state["head.folded"]
 
 
 def test_the_state_dict_given_is_not_changed_by_loading_it(method):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from lightning_quant.quantizers import build_quantizer, from_steps, levels, to_steps
+from lightning_quant.quantizers import NoisyQuantizer, build_quantizer, from_steps, levels, to_steps
 
 FORMATS = ["int4_asym_channel", "int4_sym_g5", "uint3_asym", "int8_token", "fp4_e2m1_channel", "fp8_e4m3"]
 
 
-@pytest.mark.parametrize("scheme", ["int3_sym", "uint4_asym", "fp4_e2m1", "logsqrt2_3"])
+@pytest.mark.parametrize("scheme", ["int3_sym", "uint4_asym", "fp4_e2m1", "logsqrt2_3", "tan_3", "atan_3"])
 def test_levels_are_what_the_quantizer_gives(scheme):
     x = torch.rand(1000) + 1e-3
     quantizer = build_quantizer(scheme)
@@ -48,3 +48,11 @@ def test_ruler_of_a_logarithm_ends_where_zero_begins():
     quantizer.freeze(torch.tensor(0.0), torch.tensor(2.0))
     steps = to_steps(quantizer, torch.tensor([2.0, 0.5, 0.0, -1.0]))
     assert steps[:3].tolist() == [0.0, -2.0, -float("inf")] and steps[3].isnan()
+
+
+def test_the_ruler_of_a_noisy_grid_is_that_of_the_noisy_tensor():
+    quantizer = NoisyQuantizer("int4_asym", axis=-1)
+    quantizer.freeze(torch.tensor(0.0), torch.tensor(15.0))
+    quantizer.set_state(quantizer.scale, quantizer.zero_point, torch.tensor([0.25, -0.5]))
+    assert to_steps(quantizer, torch.tensor([[3.0, 3.0]])).tolist() == [[3.25, 2.5]]
+    assert from_steps(quantizer, torch.zeros(1)) is None  # another value in each channel

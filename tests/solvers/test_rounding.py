@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_quant.quantizers import build_quantizer, levels, to_steps
-from lightning_quant.solvers import ROUNDINGS, JointRounding, Reconstruction, SoftRounding, TrainedWeight
+from lightning_quant.solvers import ROUNDINGS, FreeRounding, JointRounding, Reconstruction, SoftRounding, TrainedWeight
 
 FORMATS = ["int4_sym_channel", "int4_asym_channel", "int2_sym_tensor", "uint3_asym_channel", "int4_sym_g8", "fp4_e2m1"]
 
@@ -96,6 +96,57 @@ def test_a_trained_weight_is_rounded_to_the_nearest():
     want = quantizer(weight + 0.1)
     rounding.harden(quantizer)
     assert torch.allclose(quantizer(weight), want)
+
+
+UNIFORM = [scheme for scheme in FORMATS if "int" in scheme]
+
+
+@pytest.mark.parametrize("scheme", UNIFORM)
+def test_free_rounding_begins_and_ends_at_the_nearest(scheme):
+    weight, quantizer = weight_and_quantizer(scheme)
+    rounding, nearest = FreeRounding(quantizer, weight), quantizer(weight)
+    assert rounding.weight().shape == weight.shape
+    off = (rounding.weight() - nearest).abs() > 1e-6
+    assert not off.any() or (to_steps(quantizer, weight)[off] % 1 - 0.5).abs().max() < 1e-4  # ties only
+    rounding.harden(quantizer)
+    assert torch.allclose(quantizer(weight)[~off], nearest[~off])
+
+
+@pytest.mark.parametrize("scheme", UNIFORM)
+def test_weight_scale_and_zero_point_move_freely_and_harden_to_what_was_computed_with(scheme):
+    weight, quantizer = weight_and_quantizer(scheme)
+    rounding = FreeRounding(quantizer, weight)
+    optimizer = torch.optim.Adam(rounding.groups(0.3, 0.05 * quantizer.scale.mean().item()))
+    target = weight + 3.4 * quantizer.scale.mean()  # several steps away
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        losses.append((rounding.weight() - target).square().mean())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    soft = rounding.weight().detach()
+    rounding.harden(quantizer)
+    assert torch.allclose(quantizer(weight), soft, atol=1e-5)
+    assert torch.equal(quantizer.zero_point, quantizer.zero_point.round())
+    assert rounding.zero_point.requires_grad != bool(quantizer.scheme.symmetric)
+
+
+def test_the_gradient_of_scale_and_zero_point_is_that_of_the_formula():
+    quantizer = build_quantizer("uint2_asym", axis=0)
+    quantizer.freeze(torch.tensor(-1.0), torch.tensor(2.0))  # step 1, zero point 1: values -1, 0, 1, 2
+    rounding = FreeRounding(quantizer, torch.tensor([0.3, 1.6, 9.0]))
+    rounding.weight().sum().backward()
+    # inside: the integer less the place, 0 - 0.3 and 2 - 1.6; beyond: the end of the grid, which the zero point moves
+    assert torch.allclose(rounding.scale.grad, torch.tensor([[-0.3 + 0.4 + 2.0]]))
+    assert torch.allclose(rounding.zero_point.grad, torch.tensor([[-1.0]]))
+    assert rounding.trained.grad.tolist() == [[1.0, 1.0, 0.0]]
+
+
+def test_only_uniform_weights_have_a_zero_point_to_move():
+    weight, quantizer = weight_and_quantizer("fp4_e2m1")
+    with pytest.raises(ValueError, match="takes formats like 'int4'"):
+        FreeRounding(quantizer, weight)
 
 
 @pytest.mark.parametrize("name", ROUNDINGS)

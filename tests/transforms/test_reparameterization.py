@@ -77,6 +77,29 @@ def test_formulas():
     assert torch.allclose(fractional.shift.float(), scale * (zero_point - 14 / 3))
 
 
+def test_the_median_has_the_least_mean_deviation_and_an_outlier_does_not_move_it():
+    scale, zero_point = torch.tensor([0.1, 0.6, 0.2, 0.3]), torch.tensor([-3.0, 8.0, 9.0, 2.0])
+    found = per_tensor(scale, zero_point, centre="median")
+    assert found.zero_point == 2.0  # of an even number of channels: the lower one
+    deviation = [float((scale - candidate).abs().mean()) for candidate in scale]
+    assert float((scale - found.scale).abs().mean()) == pytest.approx(min(deviation))
+    loud = torch.tensor([0.1, 60.0, 0.2, 0.3])
+    assert per_tensor(loud, zero_point, centre="median").scale == found.scale
+    assert per_tensor(loud, zero_point).scale > 50 * per_tensor(scale, zero_point).scale * 0.9
+
+
+@given(seed=st.integers(0, 2**16))
+def test_codes_do_not_depend_on_the_common_scale(seed):
+    x = activations(seed)
+    per_channel, mean, _ = per_channel_and_whole(x, 4)
+    median = per_tensor(per_channel.scale, per_channel.zero_point, centre="median")
+    clear = ~ties(x, per_channel.scale)
+    one, other = (
+        codes((x.double() + found.shift) / found.divisor, found.scale, found.zero_point, 4) for found in (mean, median)
+    )
+    assert torch.equal(one[clear], other[clear])
+
+
 def test_a_fractional_zero_point_moves_codes():
     """What the published code does: its codes are no integers, and here and there another one is nearest."""
     x = activations(3)

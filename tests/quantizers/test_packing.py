@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lightning_quant.checkpoint.packing import pack, unpack
+from lightning_quant.quantizers.packing import pack, unpack
 
 
 @st.composite

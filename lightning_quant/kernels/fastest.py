@@ -1,0 +1,72 @@
+"""The faster of two kernels, as measured on what the layer is really given."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_quant.kernels.kernel import Kernel
+from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.layers import QuantizedLayer
+
+ROUNDS = 3  # the first one warms up
+
+
+class Fastest(Kernel):
+    """Runs two kernels side by side in the layer's first call, and then only the faster one.
+
+    Args:
+        first: answers the first call, and all others unless the second one is faster.
+        second: the other one.
+
+    Attributes:
+        seconds: of the first and the second in the first call; empty before it.
+    """
+
+    name = "the fastest"
+
+    def __init__(self, first: Kernel, second: Kernel) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.seconds: tuple[float, ...] = ()
+
+    @property
+    def chosen(self) -> Kernel:
+        """The faster one, as far as that is known."""
+        return self.second if self.seconds and self.seconds[1] < self.seconds[0] else self.first
+
+    @classmethod
+    def why_not(cls, spec: LayerSpec) -> str | None:
+        """Is made of kernels, not chosen by a spec."""
+        return "it is made of two kernels"
+
+    @classmethod
+    def of(cls, layer: QuantizedLayer, packed: bool = False) -> Kernel:
+        """Is made of kernels, not of a layer."""
+        raise TypeError("Fastest is made of two kernels")
+
+    def run(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Any:
+        """Answer the layer's ``forward``; the first call also measures."""
+        if not self.seconds and any(isinstance(x, Tensor) and x.numel() for x in (*args, *kwargs.values())):
+            self._measure(layer, *args, **kwargs)
+        return self.chosen.run(layer, *args, **kwargs)
+
+    def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
+        """The codes of a weight."""
+        return self.first.codes(layer, weight)
+
+    def weight(self, layer: QuantizedLayer, name: str) -> Tensor:
+        """A weight on its grid, as the layer stores it."""
+        return self.second.weight(layer, name)
+
+    def _measure(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> None:
+        seconds = [torch.inf, torch.inf]
+        for _ in range(ROUNDS):
+            for place, kernel in enumerate((self.first, self.second)):
+                began = time.perf_counter()
+                kernel.run(layer, *args, **kwargs)
+                seconds[place] = min(seconds[place], time.perf_counter() - began)
+        self.seconds = tuple(seconds)

@@ -1,0 +1,87 @@
+"""W8A8 on a CPU: convolutions whose windows overlap."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from lightning_quant.kernels.int8_linear import FLOATS, codes_of, output_dtype
+from lightning_quant.kernels.int8_product import may_saturate
+from lightning_quant.kernels.kernel import Kernel
+from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.layers import QuantizedLayer
+from lightning_quant.quantizers import UniformQuantizer
+
+
+class Int8Conv(Kernel):
+    """A convolution of activation codes with weight codes, scaled once. What is padded is an exact zero."""
+
+    name: ClassVar[str] = "int8 conv (oneDNN)"
+    kinds: ClassVar[frozenset[str]] = frozenset({"Conv2d"})
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__()
+        weights, inputs = layer.weight_quantizer, layer.input_quantizer
+        assert isinstance(weights, UniformQuantizer) and isinstance(inputs, UniformQuantizer)
+        assert isinstance(layer, torch.nn.Conv2d) and not isinstance(layer.padding, str)
+        self.lowest_weight = weights.scheme.qmin
+        codes = (weights.encode(layer.weight.detach()) + self.lowest_weight).to(torch.int8)
+        self.place = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]
+        self.zero_point = int(inputs.zero_point) - inputs.scheme.qmin
+        scale = (weights.scale * inputs.scale).expand(len(codes)).contiguous()
+        packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, self.zero_point, *self.place, None)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        bias = None if layer.bias is None else layer.bias.detach().float()
+        self.register_buffer("bias", bias, persistent=False)
+
+    @classmethod
+    def why_not(cls, spec: LayerSpec) -> str | None:
+        """Takes symmetric weights per tensor or channel, and static inputs per tensor."""
+        assert spec.conv is not None
+        if isinstance(spec.conv[1], str) or spec.conv[4] != "zeros":
+            return f"its padding is {spec.conv[1]!r} {spec.conv[4]!r}, not a number of zeros"
+        if spec.dtype not in FLOATS:
+            return f"its float weights are {spec.dtype}, not float32 or bfloat16".replace("torch.", "")
+        if reason := spec.why_not_plain_integers():
+            return reason
+        assert spec.weights is not None and spec.inputs is not None
+        if spec.weights.granularity == "group" or not spec.weights.symmetric or not spec.weights.signed:
+            return f"its weights are {spec.weights}, not symmetric with one scale per channel"
+        if spec.inputs.granularity != "tensor" or spec.inputs.dynamic:
+            return f"its inputs are {spec.inputs}, not with one scale per tensor that is known before"
+        if may_saturate(spec.inputs.bits, spec.weights.bits):
+            return (
+                f"sums of {spec.inputs.bits} x {spec.weights.bits} bits saturate on this CPU, which has no VNNI; "
+                f"7 bits for either would not"
+            )
+        return None
+
+    @classmethod
+    def of(cls, layer: QuantizedLayer, packed: bool = False) -> Int8Conv:
+        """Pack the layer's codes."""
+        return cls(layer)
+
+    def run(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the layer: (B, C, H, W) or (C, H, W)."""
+        x = cast(Tensor, args[0] if args else next(iter(kwargs.values())))
+        images = x if x.dim() == 4 else x.unsqueeze(0)
+        codes = codes_of(images, cast(UniformQuantizer, layer.input_quantizer)).contiguous(
+            memory_format=torch.channels_last
+        )
+        zeros = torch.zeros(len(self.scale), dtype=torch.int64)
+        out: Tensor = torch.ops.onednn.qconv_pointwise(
+            codes, 1.0, self.zero_point, self.packed, self.scale, zeros, self.bias, *self.place,
+            1.0, 0, output_dtype(x), "none", [], "",
+        )  # fmt: skip
+        return out if x.dim() == 4 else out.squeeze(0)
+
+    def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
+        """The codes of the weight."""
+        return self.packed.to_dense().to(torch.int32) - self.lowest_weight

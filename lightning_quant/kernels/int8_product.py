@@ -1,0 +1,165 @@
+"""Exact products of unsigned 8-bit activations and signed 8-bit weights on a CPU.
+
+oneDNN multiplies them four at a time. With VNNI instructions the sums are exact. Without, two neighbouring products
+are added in 16 bits first, and a sum beyond them saturates: 255 times 127 twice does. Then the activations are
+looked at through a window of half their codes, for which no sum is too large whatever the weights are, and what stands
+out of the window is multiplied by itself. In practice few channels ever stand out, so the product is hardly longer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WINDOW = 128  # twice 128 times 127 and twice 128 times -128 are just within 16 bits
+_LONGEST_SUM = 2**15 - 1
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether this CPU's products of unsigned and signed bytes are cut off at 16 bits; found out by trying."""
+    codes, weight = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    out = _multiply(codes, _prepack(weight), torch.ones(16), None, torch.float32)
+    return bool((out != 64 * 255 * 127).any())
+
+
+def may_saturate(input_bits: int, weight_bits: int) -> bool:
+    """Whether two neighbouring products of these many bits can leave 16 bits on this CPU.
+
+    >>> may_saturate(7, 8), may_saturate(8, 7)
+    (False, False)
+    """
+    return saturates() and 2 * (2**input_bits - 1) * 2 ** (weight_bits - 1) > _LONGEST_SUM
+
+
+class Int8Product(nn.Module):
+    r"""``codes @ weight.T``, times a scale for every output, plus a bias.
+
+    .. math:: y_{mn} = s_n \sum_k (c_{mk} - z) (w_{nk} - o_n) + b_n
+
+    Where sums may saturate, with the window :math:`m_k = \text{clamp}(c_k, l, l + 128) - l` and the channels
+    :math:`C` that were ever seen to leave it,
+
+    .. math:: \sum_k (c_k - z) w_k = \sum_k (m_k - z') w_k + \sum_{k \in C} (r_k - z') w_k, \quad
+              z' = z - l, \quad r_k = c_k - l - m_k + z'
+
+    which is one longer product. With :math:`l = \lfloor z / 2 \rfloor` all :math:`m_k` and :math:`r_k` are in [0, 128].
+    :math:`C` grows when a batch comes that needs it, before it is multiplied, so the integers are always exact.
+
+    Args:
+        weight: signed integers (out, in).
+        scale: of every output (out,).
+        bias: of every output (out,), or ``None``.
+        zero_point: the activation code that stands for 0.
+        offset: the weight that stands for 0, of every output (out,); ``None`` where it is 0.
+        input_bits: how many bits the activation codes have.
+        weight_bits: how many bits the weights have.
+
+    >>> weight = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
+    >>> codes = torch.randint(0, 256, (8, 64), dtype=torch.uint8)
+    >>> product = Int8Product(weight, torch.ones(32), None, zero_point=131)
+    >>> torch.equal(product(codes).long(), (codes.long() - 131) @ weight.long().T)
+    True
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+    shift: Tensor | None
+    packed: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        zero_point: int = 0,
+        offset: Tensor | None = None,
+        input_bits: int = 8,
+        weight_bits: int = 8,
+    ) -> None:
+        super().__init__()
+        self.inputs = weight.shape[1]
+        self.zero_point = zero_point
+        self.lowest = min(max(zero_point // 2, 0), 255 - WINDOW)
+        self.nothing = min(max(zero_point - self.lowest, self.lowest), self.lowest + 1)  # z', if 0 is a code at all
+        self.windowed = may_saturate(input_bits, weight_bits)
+        self.register_buffer("scale", scale.float().expand(len(weight)).contiguous(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().float(), persistent=False)
+        shift = None if offset is None or not bool(offset.any()) else (offset * scale).float()
+        self.register_buffer("shift", shift, persistent=False)
+        self._pack(weight.to(torch.int8), torch.empty(0, dtype=torch.int64))
+
+    def forward(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(..., in) uint8 -> (..., out) in a dtype."""
+        rows = codes.reshape(-1, self.inputs)
+        if self.shift is None:
+            return self._product(rows, dtype).view(*codes.shape[:-1], len(self.scale))
+        totals = rows.sum(1, dtype=torch.int32) - self.inputs * self.zero_point
+        out = self._product(rows, torch.float32).addr_(totals.float(), self.shift, alpha=-1)
+        return out.to(dtype).view(*codes.shape[:-1], len(self.scale))
+
+    def integers(self) -> Tensor:
+        """The weight again: (out, in) int8."""
+        return self.packed.to_dense()[: self.inputs].t().contiguous()
+
+    def _product(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        if not self.windowed:
+            return _multiply(rows, self.packed, self.scale, self.bias, dtype, self.zero_point)
+        packed, outside, bias = self._reaching(rows)
+        inside = rows.clamp(self.lowest, self.lowest + WINDOW).sub_(self.lowest)
+        if len(outside):
+            channels = rows.gather(1, outside.expand(len(rows), -1))  # several times faster than index_select
+            above = channels.clamp(min=self.lowest + WINDOW).sub_(self.lowest + WINDOW - (self.nothing - self.lowest))
+            inside = torch.cat([inside, above.add_(channels.clamp_(max=self.lowest))], 1)
+        return _multiply(inside, packed, self.scale, bias, dtype, self.zero_point - self.lowest)
+
+    def _reaching(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What serves all of these codes: packed weight, channels outside the window, bias."""
+        state = self._state
+        if len(rows):
+            leaves = (rows.amax(0) > self.lowest + WINDOW) | (rows.amin(0) < self.lowest)
+            leaves[state[1]] = False
+            if bool(leaves.any()):
+                state = self._pack(self.integers(), torch.cat([state[1], leaves.nonzero().squeeze(1)]))
+        return state
+
+    def _pack(self, weight: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        bias = self.bias
+        missing = self.zero_point - self.lowest - self.nothing
+        if missing:  # 0 is not among the codes
+            constant = missing * weight[:, outside].sum(1, dtype=torch.int32) * self.scale
+            bias = constant if bias is None else bias + constant
+        packed = _prepack(torch.cat([weight, weight[:, outside]], 1))
+        self.register_buffer("packed", packed, persistent=False)
+        self._state = packed, outside, bias  # in one step, as other threads may be multiplying
+        return self._state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Packed weights cannot be copied; their integers can."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_state"}
+        state["_buffers"] = {**self._buffers, "packed": None}
+        return {**state, "_integers": self.integers()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pack the integers again."""
+        integers = state.pop("_integers")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pack(integers, torch.empty(0, dtype=torch.int64))
+
+
+def _prepack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+    return packed
+
+
+def _multiply(
+    codes: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, zero_point: int = 0
+) -> Tensor:
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    out: Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, zero_point, packed, scale, zeros, bias, 1.0, 0, dtype, "none", [], ""
+    )
+    return out

@@ -1,0 +1,54 @@
+"""What every kernel of a layer shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.layers import QuantizedLayer
+
+
+class Kernel(nn.Module, ABC):
+    """Computes what one quantized layer simulates.
+
+    A kernel is made from a calibrated layer and holds the weights in its own form, so that the float ones may go away;
+    input quantizers stay with the layer. Several threads may run it at a time.
+
+    Attributes:
+        name: as tables show it.
+        kinds: the float classes of the layers that it is for.
+        device: the type of device that it runs on.
+        low_bit: whether its products are of integers, rather than of floats on the grid.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[frozenset[str]]
+    device: ClassVar[str] = "cpu"
+    low_bit: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def why_not(cls, spec: LayerSpec) -> str | None:
+        """Why this kernel does not take a layer of its kind on its device, or ``None`` if it does."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, layer: QuantizedLayer, packed: bool = False) -> Kernel:
+        """The kernel of a calibrated layer; ``packed`` where the float weights are dropped and memory counts."""
+
+    @abstractmethod
+    def run(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Any:
+        """Answer the layer's ``forward``."""
+
+    @abstractmethod
+    def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
+        """The codes of a weight, as its quantizer encodes it: (out, ...) int32."""
+
+    def weight(self, layer: QuantizedLayer, name: str) -> Tensor:
+        """A weight on its grid, as the layer stores it."""
+        quantizer = layer.weight_quantizers()[name]
+        rows = quantizer.decode(self.codes(layer, name)).to(getattr(layer, name).dtype)
+        return rows.t() if layer.transposed else rows

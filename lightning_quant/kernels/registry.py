@@ -1,0 +1,52 @@
+"""Which kernel answers for which layer.
+
+To add a kernel: write its file, and add its line to ``KERNELS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_quant.kernels.decoded import DecodedWeights
+from lightning_quant.kernels.int8_conv import Int8Conv
+from lightning_quant.kernels.int8_linear import Int8Linear
+from lightning_quant.kernels.kernel import Kernel
+from lightning_quant.kernels.spec import LayerSpec
+
+# The first one that takes a layer answers for it.
+KERNELS: tuple[type[Kernel], ...] = (Int8Linear, Int8Conv)
+FALLBACK = DecodedWeights
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel for one layer.
+
+    Args:
+        kernel: its class.
+        why_not: why no low-bit kernel took the layer; ``None`` if one did.
+    """
+
+    kernel: type[Kernel]
+    why_not: str | None
+
+
+def choose(spec: LayerSpec) -> Choice:
+    """The first kernel that takes a layer.
+
+    >>> import torch
+    >>> from lightning_quant.quantizers import Scheme
+    >>> int8 = Scheme.parse("int8_sym_channel"), Scheme.parse("int8_asym_tensor")
+    >>> choose(LayerSpec("Linear", "cpu", torch.float32, (32, 64), *int8)).kernel.name
+    'int8 (oneDNN)'
+    >>> choose(LayerSpec("Linear", "cpu", torch.float32, (32, 64), Scheme.parse("fp8_e4m3"), None)).why_not
+    'its weights are fp8_e4m3'
+    """
+    fitting = [kernel for kernel in KERNELS if spec.kind in kernel.kinds and spec.device == kernel.device]
+    refusals = {kernel: kernel.why_not(spec) for kernel in fitting}
+    for kernel, refusal in refusals.items():
+        if refusal is None:
+            return Choice(kernel, None)
+    why = next(reversed(refusals.values()), None)  # the last one is the most general of its kind
+    why = why or f"there is no low-bit kernel for {spec.kind} on {spec.device}"
+    return Choice(FALLBACK, why)

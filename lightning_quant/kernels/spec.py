@@ -1,0 +1,80 @@
+"""What a kernel is asked for: the formats, the shape and the place of one quantized layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_quant.layers import QuantizedLayer
+from lightning_quant.quantizers import LearnedQuantizer, Quantizer, Scheme, UniformQuantizer
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A quantized layer as a kernel sees it.
+
+    Args:
+        kind: name of the float class: ``"Linear"``, ``"Conv2d"`` ...
+        device: type of its device.
+        dtype: of its float weight, which is that of its output.
+        shape: of the weight, output channels first.
+        weights: format of the weight, ``None`` for float.
+        inputs: format of the input, ``None`` for float.
+        plain: whether both are plain grids: no noise, no fractional zero points, no weight shared by two formats.
+        conv: stride, padding, dilation, groups and padding mode of a convolution.
+    """
+
+    kind: str
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    weights: Scheme | None
+    inputs: Scheme | None
+    plain: bool = True
+    conv: tuple[Any, ...] | None = None
+
+    @classmethod
+    def of(cls, layer: QuantizedLayer) -> LayerSpec:
+        """The spec of a calibrated layer."""
+        name = layer.present_weights()[0]
+        rows = layer.weight_rows(name)
+        weights, inputs = getattr(layer, f"{name}_quantizer"), None
+        if layer.input_quantizers:
+            inputs = getattr(layer, layer.input_quantizers[0])
+        conv = None
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+            conv = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
+        return cls(
+            layer.float_class.__name__,
+            rows.device.type,
+            rows.dtype,
+            tuple(rows.shape),
+            None if weights is None else weights.scheme,
+            None if inputs is None else inputs.scheme,
+            all(quantizer is None or _is_plain(quantizer) for quantizer in (weights, inputs)),
+            conv,
+        )
+
+    @property
+    def formats(self) -> str:
+        """The formats in words: ``"int8_sym_channel x int8_asym_tensor"``."""
+        return f"{self.weights or 'float'} x {self.inputs or 'float'}"
+
+    def why_not_plain_integers(self) -> str | None:
+        """Why the weight or the input is not held as integers of at most 8 bits, or ``None`` if both are."""
+        for what, scheme in (("weights", self.weights), ("inputs", self.inputs)):
+            if scheme is None:
+                return f"its {what} are float"
+            if scheme.kind != "int" or scheme.bits > 8:
+                return f"its {what} are {scheme}"
+        return None if self.plain else "its grid has noise or a fractional zero point"
+
+
+def _is_plain(quantizer: Quantizer) -> bool:
+    if type(quantizer) not in (UniformQuantizer, LearnedQuantizer):
+        return not isinstance(quantizer, UniformQuantizer)  # other formats are named by their scheme
+    assert isinstance(quantizer, UniformQuantizer)
+    return torch.equal(quantizer.zero_point, quantizer.zero_point.round())

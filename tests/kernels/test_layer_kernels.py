@@ -1,0 +1,175 @@
+"""Every kernel of a layer against the layer that it stands for."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_quant.kernels import int8_product
+from lightning_quant.kernels.decoded import DecodedWeights
+from lightning_quant.kernels.int8_conv import Int8Conv
+from lightning_quant.kernels.int8_linear import Int8Linear
+from lightning_quant.kernels.layer_door import give_back, run_on
+from lightning_quant.kernels.registry import choose
+from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.layers import quantize_layer
+from lightning_quant.quantizers import Scheme
+
+WEIGHTS = [
+    "int8_sym_channel",
+    "int8_asym_channel",
+    "int8_sym_tensor",
+    "int4_sym_channel",
+    "uint4_asym_channel",
+    "int3_asym_channel",
+]
+STATIC = ["int8_asym_tensor", "int8_sym_tensor", "uint8_asym_tensor", "uint4_asym_tensor", "int7_asym_tensor"]
+DYNAMIC = ["int8_sym_token", "int8_asym_token", "int8_asym_tensor_dynamic", "int6_sym_tensor_dynamic"]
+
+
+def calibrated(layer: nn.Module, weights: str | None, inputs: str | None, x: torch.Tensor):
+    layer = quantize_layer(
+        layer, None if weights is None else Scheme.parse(weights), None if inputs is None else Scheme.parse(inputs)
+    )
+    if layer.weight_quantizer is not None:
+        layer.weight_quantizer.fit(layer.weight_rows(), "minmax")
+    if layer.input_quantizer is not None:
+        layer.input_quantizer.fit(x * 0.9, "minmax")  # some inputs are clipped
+    return layer.eval()
+
+
+def assert_same(layer, kernel, x, **tolerance):
+    """The kernel's answer is the layer's but for the rounding of floats, and so are the weights it holds."""
+    simulated, codes, before = layer(x), layer.weight_quantizer.encode(layer.weight_rows()), layer.quantized().clone()
+    run_on(layer, kernel.of(layer))
+    out = layer(x)
+    torch.testing.assert_close(out, simulated, **tolerance)
+    assert out.dtype == simulated.dtype
+    assert torch.equal(layer.kernel.codes(layer, "weight"), codes)
+    assert torch.equal(layer.quantized(), before)
+    give_back(layer)
+    assert torch.equal(layer(x), simulated)
+
+
+@pytest.fixture(params=["this CPU", "windowed"], autouse=True)
+def any_cpu(request, monkeypatch):
+    if request.param == "windowed":
+        monkeypatch.setattr(int8_product, "saturates", lambda: True)
+
+
+def skewed(*shape: int) -> torch.Tensor:
+    """Activations with a few loud channels and a mean that is not 0."""
+    x = torch.randn(*shape) + 0.7
+    x[..., :3] *= 8
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inputs", STATIC + DYNAMIC)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_linear(weights, inputs):
+    x = skewed(3, 7, 50)
+    layer = calibrated(nn.Linear(50, 33, bias=weights != "int8_sym_tensor"), weights, inputs, x)
+    assert choose(LayerSpec.of(layer)).kernel is Int8Linear
+    assert_same(layer, Int8Linear, x, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(50,), (1, 50), (0, 50), (2, 3, 4, 50)], ids=str)
+def test_any_batch_shape(shape):
+    layer = calibrated(nn.Linear(50, 33), "int8_sym_channel", "int8_asym_tensor", skewed(20, 50))
+    assert_same(layer, Int8Linear, skewed(*shape), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_bfloat16_models_and_autocast():
+    x = skewed(30, 64)
+    layer = calibrated(nn.Linear(64, 32), "int8_sym_channel", "int8_asym_tensor", x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(layer, Int8Linear, x, rtol=2e-2, atol=2e-2)
+    assert_same(layer.to(torch.bfloat16), Int8Linear, x.to(torch.bfloat16), rtol=2e-2, atol=5e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(6, 10, 1),
+        nn.Conv2d(6, 10, 1, stride=2),
+        nn.Conv2d(6, 10, 4, stride=4),
+        nn.Conv2d(6, 10, (2, 3), stride=(2, 3), bias=False),
+    ],
+    ids=["pointwise", "strided pointwise", "patches", "oblong patches"],
+)
+def test_convolutions_whose_windows_do_not_overlap(conv):
+    x = skewed(2, 6, 13, 14)
+    layer = calibrated(copy.deepcopy(conv), "int8_sym_channel", "int8_asym_tensor", x)
+    assert choose(LayerSpec.of(layer)).kernel is Int8Linear
+    assert_same(layer, Int8Linear, x, rtol=1e-4, atol=1e-4)
+    assert_same(layer, Int8Linear, x[0], rtol=1e-4, atol=1e-4)
+    assert_same(layer, Int8Linear, x.contiguous(memory_format=torch.channels_last), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(6, 10, 3, padding=1),
+        nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False),
+        nn.Conv2d(6, 6, 7, padding=3, groups=6),
+        nn.Conv2d(6, 10, 3, stride=2, padding=(0, 2), dilation=2),
+    ],
+    ids=["3x3", "depthwise 3x3", "depthwise 7x7", "dilated"],
+)
+@pytest.mark.parametrize("inputs", ["int7_asym_tensor", "int7_sym_tensor", "uint4_asym_tensor"])
+def test_convolutions_whose_windows_overlap(conv, inputs):
+    x = skewed(2, 6, 13, 14)
+    layer = calibrated(copy.deepcopy(conv), "int8_sym_channel", inputs, x)  # 7 bits are exact on any CPU
+    assert choose(LayerSpec.of(layer)).kernel is Int8Conv
+    assert_same(layer, Int8Conv, x, rtol=1e-4, atol=1e-4)
+    assert_same(layer, Int8Conv, x[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "weights", "inputs", "why"),
+    [
+        (nn.Linear(8, 8), "fp8_e4m3", "fp8_e4m3", "its weights are fp8_e4m3"),
+        (nn.Linear(8, 8), "int8_g4", "int8_asym_tensor", "not with one scale per channel"),
+        (nn.Linear(8, 8), "int8_sym_channel", None, "its inputs are float"),
+        (nn.Linear(8, 8), "int12_sym_channel", "int8", "its weights are int12"),
+        (nn.Linear(8, 8), "int8_sym_channel", "int8_asym_channel", "its inputs are int8_asym_channel"),
+        (nn.Linear(8, 8).double(), "int8_sym_channel", "int8", "float64"),
+        (nn.Conv2d(4, 4, 3, padding="same"), "int8_sym_channel", "int8", "padding"),
+        (nn.Conv2d(4, 4, 3), "int8_sym_channel", "int8_asym_tensor_dynamic", "known before"),
+        (nn.Conv1d(4, 4, 3), "int8_sym_channel", "int8", "no low-bit kernel for Conv1d"),
+        (nn.Embedding(8, 4), "int8_sym_channel", None, "no low-bit kernel for Embedding"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_layer_that_no_kernel_takes_says_why(layer, weights, inputs, why):
+    layer = quantize_layer(copy.deepcopy(layer), Scheme.parse(weights), Scheme.parse(inputs) if inputs else None)
+    choice = choose(LayerSpec.of(layer))
+    assert choice.kernel is DecodedWeights
+    assert why in choice.why_not
+
+
+def test_overlapping_convolutions_of_eight_bits_need_exact_sums():
+    layer = quantize_layer(nn.Conv2d(4, 4, 3), Scheme.parse("int8_sym_channel"), Scheme.parse("int8_asym_tensor"))
+    choice = choose(LayerSpec.of(layer))
+    if int8_product.saturates():
+        assert "saturate on this CPU" in choice.why_not and "7 bits" in choice.why_not
+    else:
+        assert choice.kernel is Int8Conv
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True], ids=["decoded", "packed"])
+@pytest.mark.parametrize("weights", ["int4_g8", "int8_sym_channel", "fp8_e4m3", "fp4_e2m1", "int3_asym_channel"])
+def test_the_fallback_is_the_simulated_layer_bit_for_bit(weights, packed):
+    x = skewed(5, 32)
+    layer = calibrated(nn.Linear(32, 16), weights, "int8_asym_tensor", x)
+    simulated, codes = layer(x), layer.weight_quantizer.encode(layer.weight)
+    run_on(layer, DecodedWeights.of(layer, packed=packed), keep=packed)
+    assert torch.equal(layer(x), simulated)
+    assert torch.equal(layer.kernel.codes(layer, "weight"), codes)
