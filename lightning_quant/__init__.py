@@ -5,7 +5,17 @@
 """
 
 from lightning_quant.callbacks import (
+    HTQ,
+    MGRQ,
+    PMQ,
+    AdaQuant,
+    DopQViT,
     Fidelity,
+    KernelSwap,
+    LRPQViT,
+    MixedPrecision,
+    MPTQViT,
+    NoisyQuant,
     PostTrainingQuantization,
     QuantizationAwareTraining,
     QuantReport,
@@ -22,11 +32,21 @@ from lightning_quant.solvers import Reconstruction
 
 __version__ = "0.1.0"
 __all__ = [
+    "HTQ",
+    "MGRQ",
+    "PMQ",
     "SQNR",
+    "AdaQuant",
     "CalibrationMixin",
     "CosineFidelity",
+    "DopQViT",
     "Fidelity",
+    "KernelSwap",
+    "LRPQViT",
+    "MPTQViT",
+    "MixedPrecision",
     "NegativeFlipRate",
+    "NoisyQuant",
     "PositiveFlipRate",
     "PostTrainingQuantization",
     "QuantReport",

@@ -1,7 +1,17 @@
 """One file per method."""
 
+from lightning_quant.callbacks.adaquant import AdaQuant
 from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.dopq_vit import DopQViT
 from lightning_quant.callbacks.fidelity import Fidelity
+from lightning_quant.callbacks.htq import HTQ
+from lightning_quant.callbacks.kernel_swap import KernelSwap
+from lightning_quant.callbacks.lrp_qvit import LRPQViT
+from lightning_quant.callbacks.mgrq import MGRQ
+from lightning_quant.callbacks.mixed_precision import MixedPrecision
+from lightning_quant.callbacks.mptq_vit import MPTQViT
+from lightning_quant.callbacks.noisyquant import NoisyQuant
+from lightning_quant.callbacks.pmq import PMQ
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.quant_report import QuantReport
 from lightning_quant.callbacks.quantization_aware_training import QuantizationAwareTraining
@@ -11,7 +21,17 @@ from lightning_quant.callbacks.repquant import RepQuant
 from lightning_quant.callbacks.uniform_attention import UniformAttention
 
 __all__ = [
+    "HTQ",
+    "MGRQ",
+    "PMQ",
+    "AdaQuant",
+    "DopQViT",
     "Fidelity",
+    "KernelSwap",
+    "LRPQViT",
+    "MPTQViT",
+    "MixedPrecision",
+    "NoisyQuant",
     "PostTrainingQuantization",
     "QuantReport",
     "QuantizationAwareTraining",

@@ -29,6 +29,7 @@ from lightning_quant.callbacks.formats import Formats
 from lightning_quant.callbacks.reconstructing import reconstruct
 from lightning_quant.checkpoint import attach_record, detach_record, record_of
 from lightning_quant.graph import ModelGraph, select, trace
+from lightning_quant.kernels.layer_door import require_float_weights
 from lightning_quant.layers import Plan, QuantizedLayer, created_biases, structure_kept
 from lightning_quant.quantizers import RangeRule
 from lightning_quant.solvers import Reconstruction
@@ -211,8 +212,9 @@ class QuantizationCallback(Callback):
         the same function up to rounding, and a warning says so.
 
         Raises:
-            ValueError: if this callback has not quantized the model.
+            ValueError: if this callback has not quantized the model, or ``KernelSwap(keep=True)`` dropped its weights.
         """
+        require_float_weights(model)
         record = record_of(model)
         plan = None if record is None else record.plans.pop(self.state_key, None)
         if plan is None:

@@ -32,7 +32,7 @@ def weight_scheme(text: str, defaults: Defaults, argument: str = "weights") -> S
     'int4_sym_channel'
     """
     scheme = parse_format(text, argument).resolve(**defaults)
-    if scheme.kind == "log" or scheme.dynamic or scheme.granularity == "token":
+    if scheme.companded or scheme.dynamic or scheme.granularity == "token":
         raise ValueError(
             f"{argument}={text!r}: weights have a static uniform or float format, like 'int4' or 'fp8_e4m3'"
         )
@@ -51,9 +51,9 @@ def activation_scheme(text: str, defaults: Defaults, argument: str = "activation
     'int8_asym_tensor'
     """
     scheme = parse_format(text, argument).resolve(**defaults)
-    if scheme.kind == "log":
+    if scheme.companded:
         raise ValueError(
-            f"{argument}={text!r}: a logarithmic format holds no negative numbers; take another, like 'int8'"
+            f"{argument}={text!r}: a {scheme.family} format holds no negative numbers; take another, like 'int8'"
         )
     with _named(argument):
         build_quantizer(scheme, axis=-1)

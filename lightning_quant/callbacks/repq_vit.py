@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -65,6 +65,8 @@ class RepQViT(QuantizationCallback):
     >>> trainer = L.Trainer(callbacks=[callback])  # doctest: +SKIP
     >>> trainer.validate(model, datamodule=dm)  # doctest: +SKIP
     """
+
+    centre: Literal["mean", "median"] = "mean"  # of the scales per channel, as the one for the whole tensor
 
     def __init__(
         self,
@@ -171,7 +173,7 @@ class RepQViT(QuantizationCallback):
     def _reparameterize(self, norm: nn.Module, linears: list[QuantizedLayer], modulation: Modulation | None) -> None:
         """Fold the norm into the linears that read it, and give them one scale for the whole tensor."""
         per_channel = _input(linears[0])  # all of them read the same tensor
-        found = per_tensor(per_channel.scale, per_channel.zero_point, self.round_zero_point)
+        found = per_tensor(per_channel.scale, per_channel.zero_point, self.round_zero_point, self.centre)
         fold_pair(norm, linears, found.divisor, found.shift, modulation)
         for linear in linears:
             linear.set_quantizer("input_quantizer", replace(per_channel.scheme, granularity="tensor"), axis=-1)

@@ -1,0 +1,187 @@
+"""Predict on real low-bit kernels instead of simulated ones."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_quant.checkpoint import record_of
+from lightning_quant.kernels.cpu import integer_instructions
+from lightning_quant.kernels.fastest import Fastest
+from lightning_quant.kernels.layer_door import KernelLayer, give_back, run_on
+from lightning_quant.kernels.registry import FALLBACK, Choice, choose
+from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.table import KernelRow, KernelTable
+from lightning_quant.layers import AttentionSite, QuantizedLayer
+
+Backend = Literal["auto", "torch"]
+BACKENDS = ("auto", "torch")
+
+
+class KernelSwap(Callback):
+    r"""Lets the layers of a calibrated model compute with real integers while ``trainer.predict`` runs.
+
+    A simulated layer rounds floats to a grid and multiplies floats. Its kernel multiplies the integers,
+
+    .. math:: y_n = s_x s_n \sum_k (c_k - z) w_{nk} + b_n
+
+    which is the same up to the rounding of floats. A layer that no low-bit kernel takes keeps multiplying floats on
+    the grid, with weights that are rounded once; ``table`` names it and says why.
+
+    The simulated layers come back when predict ends or fails. Their Parameters, names and state dict stay as they are
+    throughout, so a checkpoint that is written meanwhile is that of the simulated model. With ``keep=True`` the
+    kernels stay and the float weights are dropped: what is saved then holds packed integers.
+
+    Args:
+        backend: ``"torch"`` takes the low-bit kernel of every layer that has one; ``"auto"`` measures it in the first
+            batch against the float product, and keeps the faster one.
+        keep: keep the kernels and drop the float weights. There is no way back.
+        compile: compile the swapped network with ``torch.compile`` while it predicts.
+        strict: refuse a model in which a quantized layer has no low-bit kernel.
+
+    Attributes:
+        table: what ran on which kernel, and why not on a low-bit one; print it.
+
+    Raises:
+        RuntimeError: if the model has no calibrated quantized layer.
+        ValueError: with ``strict``, naming the layers without a low-bit kernel.
+
+    >>> from lightning_quant import PostTrainingQuantization
+    >>> ptq, swap = PostTrainingQuantization(), KernelSwap()
+    >>> trainer = L.Trainer(callbacks=[ptq, swap])  # doctest: +SKIP
+    >>> trainer.validate(model, datamodule=dm)  # doctest: +SKIP
+    >>> trainer.predict(model, datamodule=dm)  # doctest: +SKIP
+    >>> print(swap.table)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, backend: Backend = "auto", keep: bool = False, compile: bool = False, strict: bool = False
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is none of {', '.join(map(repr, BACKENDS))}")
+        self.backend = backend
+        self.keep = keep
+        self.compile = compile
+        self.strict = strict
+        self.table: KernelTable | None = None
+        self._layers: dict[str, KernelLayer] = {}
+        self._rows: list[KernelRow] = []
+        self._compiled: list[nn.Module] = []
+
+    # ---------------------------------------------------------------- hooks, in the order in which Lightning calls them
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let kernels answer for the layers."""
+        self.swap(pl_module)
+        assert self.table is not None
+        rank_zero_info(f"KernelSwap: {self.table.summary()}")
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *where: int
+    ) -> None:
+        """The first batch has measured the kernels: take the faster ones for good."""
+        if self.settle():
+            assert self.table is not None
+            rank_zero_info(f"KernelSwap, after the first batch: {self.table.summary()}")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the simulated layers back."""
+        self.give_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning calls no other hook after an exception."""
+        self.give_back()
+
+    # ---------------------------------------------------------------- what a user may call
+
+    def swap(self, model: nn.Module) -> KernelTable:
+        """Let kernels answer for the layers of a calibrated model, and tell which; nothing changes if this fails."""
+        layers = _calibrated_layers(model)
+        waiting = {name: layer for name, layer in layers.items() if not isinstance(layer, KernelLayer)}
+        choices = {name: choose(LayerSpec.of(layer)) for name, layer in waiting.items()}
+        without = {name: choice.why_not for name, choice in choices.items() if choice.why_not}
+        if self.strict and without:
+            named = "; ".join(f"`{name}`: {why}" for name, why in list(without.items())[:5])
+            raise ValueError(
+                f"strict=True, and {len(without)} of {len(layers)} quantized layers have no low-bit kernel: {named}. "
+                f"Leave them float with skip=, choose another format with overrides=, or set strict=False"
+            )
+        try:
+            for name, layer in waiting.items():
+                self._swap_one(name, layer, choices[name])
+        except BaseException:
+            self.give_back()
+            raise
+        attention = [name for name, module in model.named_modules() if isinstance(module, AttentionSite)]
+        self._rows = [_row(name, cast(KernelLayer, layer), choices.get(name)) for name, layer in layers.items()]
+        self._rows += [_attention_row(name) for name in attention]
+        self.table = KernelTable(self._rows, integer_instructions())
+        if self.compile:
+            self._compiled = [child for child in model.children() if any(m in layers.values() for m in child.modules())]
+            for child in self._compiled:
+                child.compile()
+        return self.table
+
+    def settle(self) -> bool:
+        """Take the kernels that were faster in the first call for good; whether any were measured since."""
+        measured = {
+            name: layer.kernel
+            for name, layer in self._layers.items()
+            if isinstance(layer.kernel, Fastest) and layer.kernel.seconds
+        }
+        for name, pair in measured.items():
+            self._layers[name].__dict__["kernel"] = pair.chosen
+            if not pair.chosen.low_bit:
+                why = f"{pair.first.name} took {pair.seconds[0] / pair.seconds[1]:.2f}x as long in the first batch"
+                place = next(i for i, row in enumerate(self._rows) if row.layer == name)
+                self._rows[place] = KernelRow(name, pair.chosen.name, self._rows[place].formats, why)
+        return bool(measured)
+
+    def give_back(self) -> None:
+        """Let the layers simulate again, unless ``keep``."""
+        while self._compiled and not self.keep:
+            self._compiled.pop()._compiled_call_impl = None
+        while self._layers:
+            give_back(self._layers.popitem()[1])
+
+    # ---------------------------------------------------------------- private
+
+    def _swap_one(self, name: str, layer: QuantizedLayer, choice: Choice) -> None:
+        kernel = choice.kernel.of(layer, packed=self.keep)
+        if self.backend == "auto" and kernel.low_bit and not self.keep and not self.compile:
+            kernel = Fastest(kernel, FALLBACK.of(layer))
+        run_on(layer, kernel, self.keep)
+        if not self.keep:
+            self._layers[name] = cast(KernelLayer, layer)
+
+
+def _calibrated_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a model, by name.
+
+    Raises:
+        RuntimeError: if there are none, or one has no scale yet.
+    """
+    record = record_of(model)
+    plans = [] if record is None else list(record.plans.values())
+    layers = {name: layer for plan in plans for name, layer in plan.quantized_layers(model).items()}
+    how = "run trainer.validate(model, ...) with a quantization callback first, or load a quantized checkpoint"
+    if not layers:
+        raise RuntimeError(f"KernelSwap found no quantized layer in this {type(model).__name__}: {how}")
+    for plan in plans:
+        for name, quantizer in plan.quantizers(model).items():
+            if not quantizer.calibrated:
+                raise RuntimeError(f"KernelSwap found `{name}` without a scale: {how}")
+    return layers
+
+
+def _row(name: str, layer: KernelLayer, choice: Choice | None) -> KernelRow:
+    kernel = layer.kernel.first if isinstance(layer.kernel, Fastest) else layer.kernel
+    why_not = "" if choice is None else choice.why_not or ""
+    return KernelRow(name, kernel.name, LayerSpec.of(layer).formats, why_not)
+
+
+def _attention_row(name: str) -> KernelRow:
+    return KernelRow(name, "float", "attention", "its operands are rounded and multiplied as floats")
