@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test evidence docs lint format clean
+.PHONY: help setup demo test evidence accuracy bench docs lint format clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -27,6 +27,12 @@ test: .venv/ready  ## run the tests and the docstring examples, and show the cov
 
 evidence: .venv/ready  ## run the slow proofs: tables against reference implementations
 	@$(PYTEST) -m evidence --timeout=3000
+
+accuracy: .venv/ready  ## measure the rows that docs/results.md lacks; hours, can be interrupted (ONLY="RepQuant W4A4*")
+	@$(BIN)/python -m benchmarks.accuracy $(if $(ONLY),--only "$(ONLY)")
+
+bench: .venv/ready-with-peers  ## time predict beside OpenVINO, ONNX Runtime and torchao; the machine should be quiet
+	@$(BIN)/python benchmarks/predict_latency.py --out benchmarks/latency
 
 docs: .venv/ready  ## build the documentation; a warning is an error
 	@$(BIN)/python -m sphinx -q -E -W --keep-going docs docs/_build
@@ -45,6 +51,11 @@ format: .venv/ready  ## format the code and apply the safe fixes
 clean:  ## remove .venv and everything the tools left behind
 	@rm -rf .venv docs/_build docs/api docs/methods .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/ready-with-peers: .venv/ready
+	@echo "Installing the libraries to compare with"
+	@$(PIP) --no-build-isolation -e '.[peers]'
+	@touch $@
 
 # torch goes first and by its exact version, for which a small CPU wheel is found: any range would end at the newest build with
 # gigabytes of CUDA. torchvision goes alone, because its operators cannot load beside that wheel; tools/torchvision_cpu.py
