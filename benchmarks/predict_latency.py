@@ -82,7 +82,9 @@ def compare(name: str, batch: int, arguments: argparse.Namespace) -> dict[str, f
                 run()
             runs[contender] = run
         except Exception as error:  # a peer that cannot take a model is told, and does not end the table
-            print(f"  {contender} does not run {name}: {type(error).__name__}: {str(error).splitlines()[:1]}")
+            print(
+                f"  {contender} does not run {name}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True
+            )
     seconds: dict[str, list[float]] = {contender: [] for contender in runs}
     with torch.inference_mode():
         for _ in range(arguments.rounds):
