@@ -6,8 +6,9 @@ from lightning_quant.calibration.attention_maps import seen_maps
 from lightning_quant.calibration.batches import CalibrationBatches, draw_training_batches_from
 from lightning_quant.calibration.cache import SampleCache
 from lightning_quant.calibration.feed import check_feedable, feed, feeder_name
+from lightning_quant.calibration.hessians import Hessian, input_rows
 from lightning_quant.calibration.observing import fitted_in_stream, observed, reached
-from lightning_quant.calibration.ranks import from_other_ranks, merge_across_ranks
+from lightning_quant.calibration.ranks import from_other_ranks, merge_across_ranks, sum_across_ranks
 from lightning_quant.calibration.recording import Call, Signature, hooked_outputs, record, same_constants, signature
 from lightning_quant.calibration.samples import first_samples, reordered, sample_count
 from lightning_quant.calibration.undisturbed import undisturbed
@@ -15,6 +16,7 @@ from lightning_quant.calibration.undisturbed import undisturbed
 __all__ = [
     "CalibrationBatches",
     "Call",
+    "Hessian",
     "SampleCache",
     "Signature",
     "check_feedable",
@@ -25,6 +27,7 @@ __all__ = [
     "fitted_in_stream",
     "from_other_ranks",
     "hooked_outputs",
+    "input_rows",
     "merge_across_ranks",
     "observed",
     "reached",
@@ -34,5 +37,6 @@ __all__ = [
     "sample_count",
     "seen_maps",
     "signature",
+    "sum_across_ranks",
     "undisturbed",
 ]

@@ -7,6 +7,8 @@ from lightning_quant.solvers.attention_levels import FittedLevels, fit_attention
 from lightning_quant.solvers.bits import SEARCHES, Decision, Point, greedy, integer_program, pareto, trade_off
 from lightning_quant.solvers.budgets import Budget
 from lightning_quant.solvers.clipping import clipping_error, learn_clips
+from lightning_quant.solvers.columns import ColumnSolver, Solved, inverse_factor, output_error
+from lightning_quant.solvers.fixes import Binarizing, Fix, Masking, Rounding
 from lightning_quant.solvers.noise import (
     OutputError,
     clip_states,
@@ -34,15 +36,21 @@ __all__ = [
     "SEARCHES",
     "Allocation",
     "Balance",
+    "Binarizing",
     "Budget",
+    "ColumnSolver",
     "Decision",
     "FittedLevels",
+    "Fix",
     "FreeRounding",
     "JointRounding",
+    "Masking",
     "OutputError",
     "Point",
     "Reconstruction",
+    "Rounding",
     "SoftRounding",
+    "Solved",
     "TrainedWeight",
     "WeightRounding",
     "align_twin",
@@ -52,11 +60,13 @@ __all__ = [
     "fit_attention_levels",
     "greedy",
     "integer_program",
+    "inverse_factor",
     "learn_clips",
     "mean_states",
     "moment_distance",
     "noise_states",
     "output_distance",
+    "output_error",
     "pareto",
     "product_error",
     "sensitivities",
