@@ -5,6 +5,7 @@
 """
 
 from lightning_quant.callbacks import (
+    GPTQ,
     HTQ,
     MGRQ,
     PMQ,
@@ -32,6 +33,7 @@ from lightning_quant.solvers import Reconstruction
 
 __version__ = "0.1.0"
 __all__ = [
+    "GPTQ",
     "HTQ",
     "MGRQ",
     "PMQ",

@@ -4,6 +4,7 @@ from lightning_quant.callbacks.adaquant import AdaQuant
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.dopq_vit import DopQViT
 from lightning_quant.callbacks.fidelity import Fidelity
+from lightning_quant.callbacks.gptq import GPTQ
 from lightning_quant.callbacks.htq import HTQ
 from lightning_quant.callbacks.kernel_swap import KernelSwap
 from lightning_quant.callbacks.lrp_qvit import LRPQViT
@@ -21,6 +22,7 @@ from lightning_quant.callbacks.repquant import RepQuant
 from lightning_quant.callbacks.uniform_attention import UniformAttention
 
 __all__ = [
+    "GPTQ",
     "HTQ",
     "MGRQ",
     "PMQ",

@@ -34,17 +34,9 @@ class UnitStates:
     def __init__(
         self, folder: Path, model: nn.Module, settings: Reconstruction, tasks: Sequence[Any], batches: Sequence[Any]
     ) -> None:
-        digest = sha256(json.dumps([settings.to_dict(), [list(task) for task in tasks]]).encode())
-        for name, value in sorted(model.state_dict().items()):
-            if isinstance(value, Tensor):
-                digest.update(name.encode())
-                digest.update(_bytes(value))
-        for leaf in tree_leaves(list(batches)):
-            if isinstance(leaf, Tensor):
-                digest.update(_bytes(leaf))
         self.model = model
         self.folder = folder
-        self.name = f"{digest.hexdigest()[:16]}.pt"
+        self.name = f"{fingerprint([settings.to_dict(), [list(task) for task in tasks]], model, batches)}.pt"
 
     def resume(self, trainer: Trainer) -> int:
         """Load what is finished; how many units that is."""
@@ -77,6 +69,19 @@ class UnitStates:
         for folder in (self.folder / "cache", self.folder):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def fingerprint(settings: Any, model: nn.Module, batches: Sequence[Any]) -> str:
+    """A short name for one piece of work: other settings (as JSON can say them), weights or data have another one."""
+    digest = sha256(json.dumps(settings).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(name.encode())
+            digest.update(_bytes(value))
+    for leaf in tree_leaves(list(batches)):
+        if isinstance(leaf, Tensor):
+            digest.update(_bytes(leaf))
+    return digest.hexdigest()[:16]
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -8,7 +8,7 @@ from lightning_quant.solvers.bits import SEARCHES, Decision, Point, greedy, inte
 from lightning_quant.solvers.budgets import Budget
 from lightning_quant.solvers.clipping import clipping_error, learn_clips
 from lightning_quant.solvers.columns import ColumnSolver, Solved, inverse_factor, output_error
-from lightning_quant.solvers.fixes import Binarizing, Fix, Masking, Rounding
+from lightning_quant.solvers.fixes import Binarizing, Fix, Masking, Rounding, settle
 from lightning_quant.solvers.noise import (
     OutputError,
     clip_states,
@@ -70,5 +70,6 @@ __all__ = [
     "pareto",
     "product_error",
     "sensitivities",
+    "settle",
     "trade_off",
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_quant.quantizers import Quantizer, RangeRule, build_quantizer
 
-__all__ = ["Binarizing", "Fix", "Masking", "Rounding"]
+__all__ = ["Binarizing", "Fix", "Masking", "Rounding", "settle"]
 
 
 class Fix(ABC):
@@ -98,24 +99,10 @@ class Rounding(Fix):
         return self._grid.simulate(column, *self._of(position))
 
     def nearest(self, weight: Tensor) -> Tensor:
-        """The whole weight rounded without any solver, by scales found on it: the baseline."""
+        """The whole weight rounded without any solver, by scales found on it."""
         quantizer = self._blank(self.size)
-        state = self._found(quantizer, weight)
-        for name, value in zip(quantizer.state_names, state, strict=True):
-            setattr(quantizer, name, value)
+        self.state = list(self._found(quantizer, weight))
         return quantizer.rounded(weight.double())
-
-    def settle(self, quantizer: Quantizer, values: Tensor) -> None:
-        """Leave scales and codes in a weight's quantizer.
-
-        Args:
-            quantizer: of the same format.
-            values: what the columns became, in the shape of the weight.
-        """
-        quantizer.reset()
-        for name, value in zip(quantizer.state_names, self.state, strict=True):
-            setattr(quantizer, name, value.float())
-        quantizer.solve(quantizer.encode(values.float()))
 
     def _of(self, position: int) -> list[Tensor]:
         return [value[:, self._groups[position]] for value in self.state] if self._groups else self.state
@@ -130,6 +117,28 @@ class Rounding(Fix):
     def _found(self, quantizer: Quantizer, weight: Tensor) -> tuple[Tensor, ...]:
         quantizer.to(weight.device).fit(weight, self.rule)
         return tuple(getattr(quantizer, name) for name in quantizer.state_names)
+
+
+def settle(quantizer: Quantizer, state: Sequence[Tensor], values: Tensor) -> None:
+    """Leave a solved weight in its quantizer: scales and codes.
+
+    Args:
+        quantizer: of the weight.
+        state: its scales, in the order of ``quantizer.state_names``.
+        values: the weight as it was solved, all of it values of the format.
+
+    Example:
+        >>> quantizer = build_quantizer("int4_asym_channel", axis=0)
+        >>> rounding, weight = Rounding(quantizer), torch.randn(3, 5)
+        >>> values = rounding.nearest(weight)
+        >>> settle(quantizer, rounding.state, values)
+        >>> torch.allclose(quantizer(weight), values.float())
+        True
+    """
+    quantizer.reset()
+    for name, value in zip(quantizer.state_names, state, strict=True):
+        setattr(quantizer, name, value.float())
+    quantizer.solve(quantizer.encode(values.float()))
 
 
 class Masking(Fix):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_quant.quantizers import build_quantizer
-from lightning_quant.solvers import Binarizing, ColumnSolver, Masking, Rounding, inverse_factor, output_error
+from lightning_quant.solvers import Binarizing, ColumnSolver, Masking, Rounding, inverse_factor, output_error, settle
 
 OUT, IN = 11, 30
 
@@ -121,7 +121,7 @@ def test_scales_and_codes_give_the_solved_weight_back(text, act_order):
     fix = rounding(text, static=act_order)
     solved = ColumnSolver(act_order=act_order).solve(weight, hessian, fix).values
     quantizer = build_quantizer(text, axis=0)
-    fix.settle(quantizer, solved)
+    settle(quantizer, fix.state, solved)
     torch.testing.assert_close(quantizer(weight.float()), solved.float(), rtol=1e-6, atol=1e-7)
 
 
@@ -153,7 +153,7 @@ def test_zeros_stay_zero_when_they_are_rounded():
     fix = Masking(density=0.5, then=rounding("int3_asym_g5"))
     solved = ColumnSolver().solve(weight + 3, hessian, fix).values
     quantizer = build_quantizer("int3_asym_g5", axis=0)
-    fix.then.settle(quantizer, solved)
+    settle(quantizer, fix.then.state, solved)
     assert torch.equal(quantizer(weight.float()) == 0, solved == 0) and (solved[~fix.kept] == 0).all()
 
 

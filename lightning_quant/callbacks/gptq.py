@@ -1,0 +1,214 @@
+"""GPTQ: weights rounded column by column, each error made good by the columns behind it (ICLR 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_quant.calibration import Hessian
+from lightning_quant.callbacks.post_training import PostTrainingQuantization
+from lightning_quant.callbacks.solving import Notes, blocks_of, solve_blocks
+from lightning_quant.graph import ModelGraph, matches
+from lightning_quant.layers import Plan, QuantizedLayer, weight_rows
+from lightning_quant.modules.block_sequence import Block
+from lightning_quant.quantizers import Quantizer, Scheme
+from lightning_quant.solvers import ColumnSolver, Rounding, output_error, settle
+
+
+class GPTQ(PostTrainingQuantization):
+    r"""Rounds the columns of a weight one after another; the columns that are left make good what each error did.
+
+    .. math::
+        \min_{\hat W} \| W X - \hat W X \|^2, \qquad H = 2 X X^\top, \quad (H + \lambda I)^{-1} = U^\top U, \qquad
+        w_j \leftarrow w_j - \frac{w_i - \hat w_i}{U_{ii}} \, U_{ij} \quad (j > i)
+
+    The blocks of the model are solved one after another, on what the solved ones before them make of the calibration
+    data, and within a block the layers in the order in which they run. Weights are asymmetric in groups of 128 inputs.
+    Layers outside the repeated blocks stay float, as the head and the embeddings of a language model do, unless
+    ``overrides`` names them; then they are rounded to the nearest. The float Parameters are left alone: codes and
+    scales live in the quantizers.
+
+    A layer that calibration never reaches stays float. An input that is always 0 gets no weights.
+
+    Reference: Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers*,
+    ICLR 2023.
+
+    Args:
+        weights: format of the weights.
+        activations: format of the layers' inputs and of the attention operands, such as ``"int8_token_dynamic"``;
+            ``None`` for weight-only quantization.
+        ranges: how ranges are found, those of groups when their turn comes.
+        damp: :math:`\lambda` in parts of the mean of diag(H).
+        act_order: take the inputs of the largest diag(H) first; the scales of groups are then static.
+        static_groups: find the scales of groups before the first column is rounded; ``None``: with ``act_order``.
+        block_size: how many columns pass between two updates of all others; no matter but of speed.
+        blocks: name patterns of the modules that are solved one after another; default: the repeated blocks.
+        min_tokens: calibration tokens for each input of a layer below which it warns.
+        state_dir: where finished blocks are written, for a killed run to go on; default: a folder of the Trainer's.
+        device: where one block at a time is solved, ``"cuda"`` for a model that stays on the CPU.
+        calibration_samples: how many samples calibrate.
+        arguments: see :class:`PostTrainingQuantization`.
+
+    Attributes:
+        solved: what was noted of each layer in this process: tokens, and the error of its output relative to it.
+
+    Raises:
+        ValueError: for an unknown format or pattern, groups that do not divide a layer's inputs, NaN in the calibration
+            data, or a model without blocks.
+
+    >>> callback = GPTQ(weights="int4_g128", calibration_samples=128)
+    >>> trainer = L.Trainer(callbacks=[callback])  # doctest: +SKIP
+    >>> trainer.validate(model, datamodule=dm)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        weights: str = "int4_g128",
+        activations: str | None = None,
+        ranges: str = "minmax",
+        damp: float = 0.01,
+        act_order: bool = False,
+        static_groups: bool | None = None,
+        block_size: int = 128,
+        blocks: Sequence[str] | None = None,
+        min_tokens: float = 4.0,
+        state_dir: str | None = None,
+        device: str | None = None,
+        calibration_samples: int = 128,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(weights, activations, ranges, calibration_samples=calibration_samples, **arguments)
+        self.formats = replace(self.formats, weight_defaults={"symmetric": False, "granularity": "channel"})
+        self.static_groups = act_order if static_groups is None else static_groups
+        if act_order and not self.static_groups:
+            raise ValueError("act_order=True takes columns out of their groups: leave static_groups to None")
+        self.solver = ColumnSolver(damp, act_order, block_size)
+        self.blocks = [blocks] if isinstance(blocks, str) else None if blocks is None else list(blocks)
+        self.min_tokens, self.state_dir, self.device = min_tokens, state_dir, device
+        self.solved: dict[str, Notes] = {}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What decides the result."""
+        own = {
+            "damp": self.solver.damp,
+            "act_order": self.solver.act_order,
+            "static_groups": self.static_groups,
+            "blocks": self.blocks,
+        }
+        return {**super().arguments, **own}
+
+    def plan_for(self, model: nn.Module, graph: ModelGraph) -> Plan:
+        """The layers inside blocks, and those that ``overrides`` names."""
+        plan = super().plan_for(model, graph)
+        blocks = tuple(f"{name}." for name in blocks_of(model, graph, list(plan.layers), self.blocks))
+        for name in list(plan.layers):
+            if not name.startswith(blocks) and not any(matches(name, pattern) for pattern in self.formats.overrides):
+                del plan.layers[name]
+                plan.skipped[name] = "it is outside the repeated blocks; name it in overrides={...} to quantize it"
+        for name, layer in plan.layers.items():
+            _check_format(name, model.get_submodule(name), layer.weights)
+        return plan
+
+    def calibrate_plan(
+        self, model: nn.Module, plan: Plan, graph: ModelGraph, batches: Iterable[Any], run: Callable[[Any], Any]
+    ) -> None:
+        """Static activations are observed on the float stream; then the blocks are solved, one after another."""
+        batches, pl_module = list(batches), cast(LightningModule, model)
+        if all(quantizer.scheme.dynamic for quantizer in plan.activation_quantizers(model).values()):
+            self.give_back_unreached(model, plan, set(graph.order))
+            self.fit_weights(plan.quantized_layers(model), self.rule)
+        else:
+            self.find_ranges(model, plan, batches, run, self.rule)
+        blocks = blocks_of(model, graph, list(plan.layers), self.blocks)
+        layers = {
+            name: layer
+            for name, layer in plan.quantized_layers(model).items()
+            if layer.weight_names == ("weight",) and layer.weight_quantizer and name.startswith(tuple(blocks))
+        }
+        for layer in layers.values():
+            layer.weight_quantizers()["weight"].reset()  # until it is solved, a layer computes with its float weight
+        self.solved = solve_blocks(
+            pl_module.trainer,
+            pl_module,
+            self,
+            blocks,
+            layers,
+            batches,
+            run,
+            self.arguments,
+            self.state_dir,
+            self.device,
+            self.min_tokens,
+        )
+        for name in layers.keys() - self.solved.keys():
+            plan.give_back(model, name, "calibration never reached it")
+
+    # ---------------------------------------------------------------- one layer, as solve_blocks asks for it
+
+    def statistics(self, name: str, layer: nn.Module) -> Hessian:
+        """The Hessian."""
+        return Hessian.of(layer)
+
+    def token_weights(self, block: Block) -> Sequence[Tensor] | None:
+        """All tokens count alike."""
+        return None
+
+    def solve(self, name: str, layer: nn.Module, statistics: Hessian) -> Notes:
+        """Round one weight; its scales and codes go into its quantizer."""
+        assert isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None
+        rows = layer.weight_rows().detach()
+        weight, hessians = rows.flatten(1).double(), statistics.matrix()
+        if hessians.dim() == 2:
+            hessians = hessians.unsqueeze(0)  # a convolution has one for each group of channels
+        parts = [
+            self.round(part, hessian, layer.weight_quantizer)
+            for part, hessian in zip(weight.chunk(len(hessians)), hessians, strict=True)
+        ]
+        values = torch.cat([part.values for part in parts])
+        state = [
+            torch.cat(found) if len(found) > 1 else found[0] for found in zip(*(p.state for p in parts), strict=True)
+        ]
+        settle(layer.weight_quantizer, state, values.reshape(rows.shape))
+        error, size = (_error(weight, other, hessians) for other in (values, torch.zeros_like(values)))
+        return {"error": error / size if size else 0.0, **parts[0].notes}
+
+    def round(self, weight: Tensor, hessian: Tensor, quantizer: Quantizer) -> Rounded:
+        """Find the values of a weight, (out, in), and their scales."""
+        rounding = Rounding(quantizer, self.rule, self.static_groups)
+        return Rounded(self.solver.solve(weight, hessian, rounding).values, rounding.state, {})
+
+
+class Rounded(NamedTuple):
+    """A weight as values of its format, their scales, and what is worth a note."""
+
+    values: Tensor
+    state: Sequence[Tensor]
+    notes: Notes
+
+
+def _error(weight: Tensor, fixed: Tensor, hessians: Tensor) -> float:
+    """The squared output error of all rows; each part of them has its own Hessian."""
+    parts = zip(*(w.chunk(len(hessians)) for w in (weight, fixed)), hessians, strict=True)
+    return sum(float(output_error(*part).sum()) for part in parts)
+
+
+def _check_format(name: str, layer: nn.Module, weights: str | None) -> None:
+    """Refuse groups that do not divide the inputs of a layer, and one scale for what is solved in parts."""
+    scheme, inputs = Scheme.parse(weights or "int8"), weight_rows(layer)[0].numel()
+    if scheme.group_size is not None and inputs % scheme.group_size:
+        sizes = [size for size in range(1, inputs + 1) if inputs % size == 0]
+        raise ValueError(
+            f"weights={weights!r}: `{name}` has {inputs} inputs, which groups of {scheme.group_size} do not divide; "
+            f"set overrides={{{name!r}: ...}} with a group of {sizes} or one scale per channel"
+        )
+    if scheme.granularity == "tensor" and getattr(layer, "groups", 1) > 1:
+        raise ValueError(
+            f"weights={weights!r}: the groups of channels of `{name}` are solved apart, each with scales of its own; "
+            f"set overrides={{{name!r}: ...}} with one scale per channel"
+        )
