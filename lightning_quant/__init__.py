@@ -4,6 +4,7 @@
 >>> callback = RepQViT(weights="int4", activations="int4")
 """
 
+from lightning_quant.calibration import TokenWindows
 from lightning_quant.callbacks import (
     GPTQ,
     HTQ,
@@ -26,8 +27,16 @@ from lightning_quant.callbacks import (
     UniformAttention,
 )
 from lightning_quant.checkpoint import load_quantized, save_quantized
-from lightning_quant.metrics import SQNR, CosineFidelity, NegativeFlipRate, PositiveFlipRate, TopOneAgreement
-from lightning_quant.modules import CalibrationMixin, ReconstructionStage
+from lightning_quant.metrics import (
+    SQNR,
+    CosineFidelity,
+    NegativeFlipRate,
+    Perplexity,
+    PositiveFlipRate,
+    PredictionDivergence,
+    TopOneAgreement,
+)
+from lightning_quant.modules import CalibrationMixin, LanguageMixin, LanguageModule, ReconstructionStage
 from lightning_quant.quantizers import Scheme
 from lightning_quant.solvers import Reconstruction
 
@@ -45,12 +54,16 @@ __all__ = [
     "Fidelity",
     "KernelSwap",
     "LRPQViT",
+    "LanguageMixin",
+    "LanguageModule",
     "MPTQViT",
     "MixedPrecision",
     "NegativeFlipRate",
     "NoisyQuant",
+    "Perplexity",
     "PositiveFlipRate",
     "PostTrainingQuantization",
+    "PredictionDivergence",
     "QuantReport",
     "QuantizationAwareTraining",
     "Reconstruction",
@@ -59,6 +72,7 @@ __all__ = [
     "RepQViT",
     "RepQuant",
     "Scheme",
+    "TokenWindows",
     "TopOneAgreement",
     "UniformAttention",
     "load_quantized",

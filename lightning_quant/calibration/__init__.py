@@ -11,6 +11,7 @@ from lightning_quant.calibration.observing import fitted_in_stream, observed, re
 from lightning_quant.calibration.ranks import from_other_ranks, merge_across_ranks, sum_across_ranks
 from lightning_quant.calibration.recording import Call, Signature, hooked_outputs, record, same_constants, signature
 from lightning_quant.calibration.samples import first_samples, reordered, sample_count
+from lightning_quant.calibration.tokens import TokenWindows
 from lightning_quant.calibration.undisturbed import undisturbed
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Hessian",
     "SampleCache",
     "Signature",
+    "TokenWindows",
     "check_feedable",
     "draw_training_batches_from",
     "feed",

@@ -15,13 +15,21 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_quant.calibration import check_feedable, feed, feeder_name, undisturbed
 from lightning_quant.layers import as_float
-from lightning_quant.metrics import SQNR, CosineFidelity, NegativeFlipRate, PositiveFlipRate, TopOneAgreement
+from lightning_quant.metrics import (
+    SQNR,
+    CosineFidelity,
+    NegativeFlipRate,
+    PositiveFlipRate,
+    PredictionDivergence,
+    TopOneAgreement,
+)
 from lightning_quant.quantizers import Quantizer
 
 METRICS: dict[str, Callable[[], Metric]] = {
     "sqnr": SQNR,
     "cosine": CosineFidelity,
     "agreement": TopOneAgreement,
+    "kl": PredictionDivergence,
     "negative_flips": NegativeFlipRate,
     "relative_negative_flips": partial(NegativeFlipRate, relative=True),
     "positive_flips": PositiveFlipRate,
@@ -32,15 +40,16 @@ FLIPS = {"negative_flips", "relative_negative_flips", "positive_flips"}  # these
 class Fidelity(Callback):
     r"""Compares the quantized model with its float twin on the batches of validate, test and fit's validation.
 
-    After each batch the model is fed that batch twice more, as calibration feeds it (``calibration_step``, else
-    ``predict_step``, else ``forward``): once as it is, and once with its quantizers handing on floats
-    (:func:`~lightning_quant.layers.as_float`), so there is no second copy of the model. Both see the same random
-    numbers. At the end of the epoch these are logged as ``fidelity/<name>``, over all ranks, and with
-    ``/dataloader_idx_<i>`` behind the name where there are several dataloaders:
+    After each batch the model is fed that batch twice more, through its ``fidelity_step(batch)`` if it has one, else as
+    calibration feeds it (``calibration_step``, else ``predict_step``, else ``forward``): once as it is, and once with
+    its quantizers handing on floats (:func:`~lightning_quant.layers.as_float`), so there is no second copy of the
+    model. Both see the same random numbers. At the end of the epoch these are logged as ``fidelity/<name>``, over all
+    ranks, and with ``/dataloader_idx_<i>`` behind the name where there are several dataloaders:
 
     - ``sqnr``: :class:`~lightning_quant.metrics.SQNR` in dB
     - ``cosine``: :class:`~lightning_quant.metrics.CosineFidelity`
     - ``agreement``: :class:`~lightning_quant.metrics.TopOneAgreement`
+    - ``kl``: :class:`~lightning_quant.metrics.PredictionDivergence` in nats, of what are class scores
     - ``negative_flips``, ``relative_negative_flips``: :class:`~lightning_quant.metrics.NegativeFlipRate`
     - ``positive_flips``: :class:`~lightning_quant.metrics.PositiveFlipRate`
 
@@ -157,9 +166,9 @@ class Fidelity(Callback):
         found = {} if self.target is None else {"target": _labels(batch, self.target)}
         # Each context starts from the random numbers of the run, so both forwards draw the same ones.
         with _apart(pl_module):
-            quantized = self._tensor(feed(trainer, pl_module, batch), pl_module)
+            quantized = self._tensor(_fed(trainer, pl_module, batch), pl_module)
         with _apart(pl_module), as_float(pl_module):
-            reference = self._tensor(feed(trainer, pl_module, batch), pl_module)
+            reference = self._tensor(_fed(trainer, pl_module, batch), pl_module)
         # A collection hands each metric only the keywords that its update takes.
         self.collections[dataloader_idx].update(quantized=quantized, reference=reference, **found)
 
@@ -189,6 +198,13 @@ class Fidelity(Callback):
             f"{feeder_name(pl_module)} returned {_described(outputs)}: say where they are with output=, or define "
             f"calibration_step(self, batch) that returns them"
         )
+
+
+def _fed(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    if not callable(step := getattr(pl_module, "fidelity_step", None)):
+        return feed(trainer, pl_module, batch)
+    with trainer.precision_plugin.val_step_context():
+        return step(batch)
 
 
 @contextmanager

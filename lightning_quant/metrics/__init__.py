@@ -12,19 +12,33 @@ from lightning_quant.metrics.flips import (
     negative_flip_rate,
     positive_flip_rate,
 )
+from lightning_quant.metrics.language import (
+    IGNORED,
+    Perplexity,
+    PredictionDivergence,
+    next_tokens,
+    perplexity,
+    prediction_divergence,
+)
 from lightning_quant.metrics.noise import SQNR, sqnr
 
 __all__ = [
+    "IGNORED",
     "SQNR",
     "CosineFidelity",
     "FlipCounts",
     "NegativeFlipRate",
+    "Perplexity",
     "PositiveFlipRate",
+    "PredictionDivergence",
     "TopOneAgreement",
     "cosine_fidelity",
     "count_flips",
     "negative_flip_rate",
+    "next_tokens",
+    "perplexity",
     "positive_flip_rate",
+    "prediction_divergence",
     "sqnr",
     "top_one_agreement",
 ]

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 
 class Comparison(Metric):
-    """A metric of two models' outputs. Its states are sums, so batches and ranks add up exactly."""
+    """A metric of two models' outputs, or of one and labels. Its states are sums: batches and ranks add up."""
 
     full_state_update = False
 

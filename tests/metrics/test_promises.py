@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torchmetrics import MetricCollection
 
 from lightning_quant import metrics
-from lightning_quant.metrics import SQNR, CosineFidelity, NegativeFlipRate, PositiveFlipRate, TopOneAgreement
+from lightning_quant.metrics import (
+    SQNR,
+    CosineFidelity,
+    NegativeFlipRate,
+    PositiveFlipRate,
+    PredictionDivergence,
+    TopOneAgreement,
+)
 
 
 class Case(NamedTuple):
@@ -25,6 +32,7 @@ class Case(NamedTuple):
 CASES = {
     "sqnr": Case(SQNR, metrics.sqnr, equal=float("inf")),
     "cosine": Case(CosineFidelity, metrics.cosine_fidelity),
+    "divergence": Case(PredictionDivergence, metrics.prediction_divergence, equal=0.0),
     "agreement": Case(TopOneAgreement, metrics.top_one_agreement),
     "negative flips": Case(NegativeFlipRate, metrics.negative_flip_rate, labels=True, equal=0.0),
     "relative negative flips": Case(
@@ -170,4 +178,4 @@ def test_a_collection_keeps_them_apart_and_the_flips_once():
     for name, case in CASES.items():
         want = case.function(*both[: 3 if case.labels else 2])
         assert collection.compute()[name.replace(" ", "_")].item() == pytest.approx(want.item(), rel=1e-12)
-    assert sorted(map(len, collection.compute_groups.values())) == [1, 1, 1, 3]
+    assert sorted(map(len, collection.compute_groups.values())) == [1, 1, 1, 1, 3]
