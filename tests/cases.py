@@ -22,6 +22,7 @@ from lightning_quant import (
     AdaQuant,
     DopQViT,
     LRPQViT,
+    MagnitudePruning,
     MixedPrecision,
     MPTQViT,
     NoisyQuant,
@@ -107,6 +108,7 @@ CASES = {
     "lrp_qvit": Case(LRPQViT, {"budget": "7bit", "weight_bits": [6, 8]}),
     "pmq": Case(PMQ, {"budget": "7bit", "weight_bits": [6, 8], "share": 1.0}),
     "htq": Case(HTQ, {"weight_bits": [6, 8], "activation_bits": [6, 8]}),
+    "sparse": Case(MagnitudePruning, {"pattern": 0.5}, NoDropout),
     "qat": Case(QuantizationAwareTraining, {**INT4, "ranges": "minmax"}, NoDropout, "fit"),
 }
 # The first lines of the two methods that the others extend: mild, so that metrics stay close to float whatever a test

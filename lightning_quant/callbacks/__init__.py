@@ -8,6 +8,7 @@ from lightning_quant.callbacks.gptq import GPTQ
 from lightning_quant.callbacks.htq import HTQ
 from lightning_quant.callbacks.kernel_swap import KernelSwap
 from lightning_quant.callbacks.lrp_qvit import LRPQViT
+from lightning_quant.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_quant.callbacks.mgrq import MGRQ
 from lightning_quant.callbacks.mixed_precision import MixedPrecision
 from lightning_quant.callbacks.mptq_vit import MPTQViT
@@ -32,6 +33,7 @@ __all__ = [
     "KernelSwap",
     "LRPQViT",
     "MPTQViT",
+    "MagnitudePruning",
     "MixedPrecision",
     "NoisyQuant",
     "PostTrainingQuantization",

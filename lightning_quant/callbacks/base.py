@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,11 +26,12 @@ from lightning_quant.calibration import (
 from lightning_quant.callbacks.averages import averaged_copies, check_averages
 from lightning_quant.callbacks.dry_run import DryRun, dry_run
 from lightning_quant.callbacks.formats import Formats
+from lightning_quant.callbacks.order import check_callbacks, check_last, check_order
 from lightning_quant.callbacks.reconstructing import reconstruct
 from lightning_quant.checkpoint import attach_record, detach_record, record_of
 from lightning_quant.graph import ModelGraph, select, trace
 from lightning_quant.kernels.layer_door import require_float_weights
-from lightning_quant.layers import Plan, QuantizedLayer, created_biases, structure_kept
+from lightning_quant.layers import Plan, QuantizedLayer, as_float, created_biases, structure_kept
 from lightning_quant.quantizers import RangeRule
 from lightning_quant.solvers import Reconstruction
 
@@ -55,6 +56,8 @@ class QuantizationCallback(Callback):
             ``"adaround"``, ``"brecq"``, ``"qdrop"``, or a :class:`~lightning_quant.Reconstruction`; ``None`` rounds to
             the nearest.
     """
+
+    step: ClassVar[str] = "decide"  # what it does to float weights; see callbacks/order.py
 
     def __init__(
         self,
@@ -97,8 +100,13 @@ class QuantizationCallback(Callback):
 
     def plan_for(self, model: nn.Module, graph: ModelGraph) -> Plan:
         """Choose the formats; changes nothing."""
-        selection = select(model, graph, self.target, self.skip, self.attention)
-        return self.formats.plan(model, graph, selection, type(self).__name__, self.arguments)
+        wanted = {QuantizedLayer.WEIGHTS: self.formats.weights, QuantizedLayer.INPUTS: self.formats.activations}
+        slots = [slot for slot, text in wanted.items() if text is not None]
+        attention = self.attention and self.formats.activations is not None
+        selection = select(model, graph, self.target, self.skip, attention, slots)
+        plan = self.formats.plan(model, graph, selection, type(self).__name__, self.arguments)
+        plan.step = self.step
+        return plan
 
     @abstractmethod
     def calibrate_plan(
@@ -148,6 +156,7 @@ class QuantizationCallback(Callback):
                 f"this model is quantized already, by {plan.method} with {plan.arguments}; "
                 f"this callback has {self.arguments}. Call {plan.method}.remove(model) first"
             )
+        check_callbacks(trainer.callbacks, self)  # type: ignore[attr-defined]
         for model in [pl_module, *(averaged_copies(trainer) if stage == "fit" else [])]:  # a checkpoint is for both
             attach_record(model).expected[self.state_key] = (type(self).__name__, self.arguments)
 
@@ -195,7 +204,7 @@ class QuantizationCallback(Callback):
             batch: one batch as its dataloader gives it, on the model's device; a few samples suffice.
         """
         check_feedable(model)
-        with undisturbed(model):
+        with undisturbed(model), as_float(model):
             graph = trace(model, lambda: feed(None, model, first_samples(batch, 2)))
         return dry_run(model, graph, self.plan_for(model, graph))
 
@@ -203,7 +212,7 @@ class QuantizationCallback(Callback):
         """Whether this callback has quantized the model, and every scale is known."""
         record = record_of(model)
         plan = None if record is None else record.plans.get(self.state_key)
-        return plan is not None and all(quantizer.calibrated for quantizer in plan.quantizers(model).values())
+        return plan is not None and not plan.lacking(model)
 
     def remove(self, model: nn.Module) -> None:
         """Give the float model back.
@@ -216,6 +225,8 @@ class QuantizationCallback(Callback):
         """
         require_float_weights(model)
         record = record_of(model)
+        if record is not None:
+            check_last(type(self).__name__, self.state_key, record.plans)
         plan = None if record is None else record.plans.pop(self.state_key, None)
         if plan is None:
             raise ValueError(
@@ -242,7 +253,8 @@ class QuantizationCallback(Callback):
                 record.plans[self.state_key].undo(pl_module)
             batches = CalibrationBatches(trainer, pl_module, self.calibration_loader, self.calibration_samples)
             samples, stream = _peek(self.draw(batches))
-            graph = trace(pl_module, lambda: run(samples))
+            with as_float(pl_module):  # another callback may have been here
+                graph = trace(pl_module, lambda: run(samples))
             plan = self.plan_for(pl_module, graph)
             plan.calibration = f"{batches.samples} samples from {batches.source}"
             with self.applied(pl_module, plan):
@@ -261,6 +273,7 @@ class QuantizationCallback(Callback):
     def applied(self, pl_module: LightningModule, plan: Plan) -> Iterator[None]:
         """Build the quantized structure, for the block to find its scales; undone if anything goes wrong."""
         plan.check(pl_module)
+        check_order(plan, self.state_key, attach_record(pl_module).plans, self.reconstruct is not None)
         with structure_kept(pl_module):
             plan.apply(pl_module)
             yield
@@ -295,11 +308,8 @@ def require_scales(model: nn.Module, plan: Plan) -> None:
     Raises:
         ValueError: naming the first one.
     """
-    for name, quantizer in plan.quantizers(model).items():
-        if not quantizer.calibrated:
-            raise ValueError(
-                f"`{name}` saw no calibration data although its layer ran; leave the layer float with skip="
-            )
+    for name in plan.lacking(model):
+        raise ValueError(f"`{name}` saw no calibration data although its layer ran; leave the layer float with skip=")
 
 
 def _peek(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
@@ -314,10 +324,12 @@ def _peek(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
 
 def _summary(plan: Plan) -> str:
     formats = sorted({f"weights {layer.weights}, inputs {layer.inputs}" for layer in plan.layers.values()})
-    lines = [
-        f"{plan.method} quantized {_counted(len(plan.layers), 'layer')} ({'; '.join(formats)}) "
-        f"and {_counted(len(plan.attention), 'attention site')}."
-    ]
+    patterns = sorted({layer.pruned for layer in plan.layers.values() if layer.pruned is not None})
+    done = f"{_counted(len(plan.layers), 'layer')} ({', '.join(patterns) or '; '.join(formats)})"
+    if patterns:
+        lines = [f"{plan.method} pruned {done}."]
+    else:
+        lines = [f"{plan.method} quantized {done} and {_counted(len(plan.attention), 'attention site')}."]
     lines += [f"  left float: {name}: {why}" for name, why in plan.skipped.items()]
     return "\n".join(lines)
 

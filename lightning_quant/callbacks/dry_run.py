@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_quant.graph import ModelGraph
 from lightning_quant.layers import Plan, twin_of
-from lightning_quant.quantizers import Scheme
+from lightning_quant.quantizers import Pattern, Scheme
 
 
 @dataclass
@@ -21,7 +21,7 @@ class PlannedLayer:
         name: of the layer.
         kind: its class.
         macs: multiply-accumulates in one forward of the batch.
-        weights: format its weights would get, ``None`` for float.
+        weights: format its weights would get, ``None`` for float; or the pattern in which they would be pruned.
         inputs: format its inputs would get, ``None`` for float.
         float_bytes: size of its weights now.
         bytes: size of its weights then, scales included.
@@ -111,8 +111,13 @@ def dry_run(model: nn.Module, graph: ModelGraph, plan: Plan) -> DryRun:
             w for w in (getattr(layer, n, None) for n in (twin.weight_names if twin else ("weight",))) if w is not None
         ]
         now = sum(weight.numel() * weight.element_size() for weight in weights)
-        then = now if planned is None or planned.weights is None else sum(_packed(w, planned.weights) for w in weights)
-        formats = (None, None) if planned is None else (planned.weights, planned.inputs)
+        formats: tuple[str | None, str | None] = (None, None)
+        then = now
+        if planned is not None and planned.pruned is not None:
+            formats, then = (f"pruned {planned.pruned}", None), sum(_kept(w, planned.pruned) for w in weights)
+        elif planned is not None:
+            formats = (planned.weights, planned.inputs)
+            then = now if planned.weights is None else sum(_packed(w, planned.weights) for w in weights)
         rows.append(PlannedLayer(name, type(layer).__name__, cost.macs if cost else 0, *formats, now, then, why))
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return DryRun(plan, rows, model_bytes)
@@ -124,6 +129,12 @@ def _packed(weight: nn.Parameter, text: str) -> int:
     scales = {"tensor": 1, "channel": len(weight), "group": weight.numel() // (scheme.group_size or 1)}
     state = 2 if scheme.kind == "int" else 1
     return -(-weight.numel() * scheme.bits // 8) + 4 * state * scales[scheme.granularity or "tensor"]
+
+
+def _kept(weight: nn.Parameter, text: str) -> int:
+    """Bytes of the weights that are kept, and of one bit for each that tells which."""
+    kept = round(weight.numel() * (1 - Pattern.parse(text).sparsity))
+    return kept * weight.element_size() - (-weight.numel() // 8)
 
 
 def _bytes(count: float) -> str:

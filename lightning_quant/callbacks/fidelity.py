@@ -23,7 +23,7 @@ from lightning_quant.metrics import (
     PredictionDivergence,
     TopOneAgreement,
 )
-from lightning_quant.quantizers import Quantizer
+from lightning_quant.quantizers import Mask, Quantizer
 
 METRICS: dict[str, Callable[[], Metric]] = {
     "sqnr": SQNR,
@@ -216,7 +216,7 @@ def _apart(pl_module: LightningModule) -> Iterator[None]:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    return any(isinstance(child, Quantizer) and child.calibrated for child in module.modules())
+    return any(isinstance(child, (Mask, Quantizer)) and child.calibrated for child in module.modules())
 
 
 def _labels(batch: Any, target: int | str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,8 @@ class MPTQViT(PostTrainingQuantization):
     >>> trainer = L.Trainer(callbacks=[callback])  # doctest: +SKIP
     >>> trainer.validate(model, datamodule=dm)  # doctest: +SKIP
     """
+
+    step: ClassVar[str] = "rewrite"
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from torch import nn
 
@@ -66,6 +66,7 @@ class RepQViT(QuantizationCallback):
     >>> trainer.validate(model, datamodule=dm)  # doctest: +SKIP
     """
 
+    step: ClassVar[str] = "rewrite"
     centre: Literal["mean", "median"] = "mean"  # of the scales per channel, as the one for the whole tensor
 
     def __init__(

@@ -22,7 +22,7 @@ from lightning_quant.checkpoint.manifest import (
     record_of,
 )
 from lightning_quant.layers import Plan, QuantizedLayer
-from lightning_quant.quantizers import Scheme, build_quantizer
+from lightning_quant.quantizers import build_quantizer
 from lightning_quant.quantizers.packing import pack, unpack
 
 TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
@@ -30,6 +30,8 @@ TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
 
 def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a calibrated model as ``model.safetensors`` (weights as packed integer codes) and ``quantization.json``.
+
+    Of a layer that is only pruned the kept weights are written, and one bit for each weight that tells which they are.
 
     Args:
         model: the LightningModule that a callback has quantized.
@@ -47,9 +49,8 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             f"{type(model).__name__} is not quantized: run trainer.validate with a quantization callback first"
         )
     for plan in record.plans.values():
-        for name, quantizer in plan.quantizers(model).items():
-            if not quantizer.calibrated:
-                raise ValueError(f"`{name}` is not calibrated: run trainer.validate with {plan.method} first")
+        for name in plan.lacking(model):
+            raise ValueError(f"`{name}` is not calibrated: run trainer.validate with {plan.method} first")
     state = dict(model.state_dict())
     del state[entry_for(record.plans)[0]]
     packed = {key: value for layer in _packable(model) for key, value in _pack_layer(model, *layer, state).items()}
@@ -97,25 +98,33 @@ def _packable(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
     return [
         (name, layer)
         for name, layer in model.named_modules()
-        if isinstance(layer, QuantizedLayer) and layer.weight_quantizers()
+        if isinstance(layer, QuantizedLayer) and (layer.weight_quantizers() or layer.masks())
     ]
 
 
 def _pack_layer(model: nn.Module, name: str, layer: QuantizedLayer, state: dict[str, Tensor]) -> dict[str, Any]:
-    """Replace a layer's float weights in ``state`` by packed codes; a weight that a float layer reads too stays."""
-    described = {}
-    for weight_name, quantizer in layer.weight_quantizers().items():
-        weight = getattr(layer, weight_name)
+    """Replace a layer's float weights in ``state`` by packed codes, or by those that are kept where it is only pruned.
+
+    A weight that a float layer reads too stays.
+    """
+    described, quantizers, masks = {}, layer.weight_quantizers(), layer.masks()
+    for weight_name in {**quantizers, **masks}:
+        weight, quantizer, mask = getattr(layer, weight_name), quantizers.get(weight_name), masks.get(weight_name)
         if sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
             continue
         key = f"{name}.{weight_name}"
-        rows = layer.weight_rows(weight_name)  # (out, ...)
+        rows = layer.weight_rows(weight_name).detach()  # (out, ...)
         described[key] = {
-            "scheme": str(quantizer.scheme),
+            "scheme": None if quantizer is None else str(quantizer.scheme),
+            "pruned": mask is not None,
             "shape": list(rows.shape),
             "transposed": layer.transposed,
             "dtype": str(weight.dtype).removeprefix("torch."),
         }
+        if mask is not None:
+            state[f"{key}_mask.keep"] = pack(mask.keep.int(), 1)
+            for solved in ("offset", "before"):  # what is stored knows it
+                state.pop(f"{key}_mask.{solved}", None)
         if f"{key}.codes" in state:  # its float weight was dropped
             continue
         if key not in state:
@@ -123,11 +132,15 @@ def _pack_layer(model: nn.Module, name: str, layer: QuantizedLayer, state: dict[
                 f"`{key}` is recomputed in every forward, by a pruning mask or a weight norm: "
                 f"make it permanent before saving its codes, as torch.nn.utils.prune.remove does"
             )
+        del state[key]
+        if quantizer is None:
+            assert mask is not None
+            state[f"{key}.kept"] = rows[mask.keep]
+            continue
         try:
-            codes = quantizer.encode(rows.detach())
+            codes = quantizer.encode(rows)
         except ValueError as error:
             raise ValueError(f"`{key}`: {error}") from error
-        del state[key]
         state.pop(f"{key}_quantizer.codes", None)  # the packed ones are the same
         state[f"{key}.codes"] = pack(codes, quantizer.scheme.bits)
     return described
@@ -162,17 +175,28 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     description, state = _read_both(folder)
     state |= {key: state[kept] for key, kept in description["tied"].items() if kept in state}
     for key, how in description["packed"].items():
-        scheme, shape = Scheme.parse(how["scheme"]), tuple(how["shape"])
-        quantizer, prefix = build_quantizer(scheme, axis=0), f"{key}_quantizer."
-        for needed in (f"{key}.codes", *(f"{prefix}{name}" for name in quantizer.state_names)):
-            if needed not in state:
-                raise ValueError(f"`{TENSORS}` in {folder} lacks `{needed}`, which `{DESCRIPTION}` tells of")
-        quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        rows = quantizer.decode(unpack(state.pop(f"{key}.codes"), scheme.bits, shape)).to(getattr(torch, how["dtype"]))
+        rows = _unpacked(folder, key, how, state).to(getattr(torch, how["dtype"]))
         state[key] = rows.t() if how["transposed"] else rows
     name, value = entry_for({key: Plan.from_dict(plan) for key, plan in description["plans"].items()})
     state[name] = value
     return state
+
+
+def _unpacked(folder: Path, key: str, how: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    """The weight out of what is stored of it, output channels first: (out, ...)."""
+    shape, prefix, mask = tuple(how["shape"]), f"{key}_quantizer.", f"{key}_mask.keep"
+    quantizer = None if how["scheme"] is None else build_quantizer(how["scheme"], axis=0)
+    stored = [f"{key}.kept"] if quantizer is None else [f"{key}.codes", *(prefix + n for n in quantizer.state_names)]
+    for needed in [*stored, *([mask] if how.get("pruned") else [])]:
+        if needed not in state:
+            raise ValueError(f"`{TENSORS}` in {folder} lacks `{needed}`, which `{DESCRIPTION}` tells of")
+    if how.get("pruned"):
+        state[mask] = unpack(state[mask], 1, shape).bool()
+    if quantizer is None:
+        kept = state.pop(f"{key}.kept")
+        return torch.zeros(shape, dtype=kept.dtype).masked_scatter_(state[mask], kept)
+    quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    return quantizer.decode(unpack(state.pop(f"{key}.codes"), quantizer.scheme.bits, shape))
 
 
 def _write_both(folder: Path, description: str, tensors: dict[str, Tensor]) -> None:

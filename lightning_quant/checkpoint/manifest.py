@@ -193,8 +193,9 @@ def _refuse_other_tensors(model: nn.Module, plans: dict[str, Plan], state_dict: 
             *(f"{name}.attention_quantizers" if name else "attention_quantizers" for name in plan.attention),
         ]
         planned = tuple(f"{prefix}{name}." for name in names)
-        # codes are there only if a solver found them
-        keys = [key for key in own if key.startswith(planned) and not key.endswith("_quantizer.codes")]
+        # these are there only if a solver found them
+        solved = ("_quantizer.codes", "_mask.offset", "_mask.before")
+        keys = [key for key in own if key.startswith(planned) and not key.endswith(solved)]
         lacking = [key for key in keys if key not in state_dict]
         if lacking:
             raise ValueError(
@@ -203,7 +204,8 @@ def _refuse_other_tensors(model: nn.Module, plans: dict[str, Plan], state_dict: 
             )
         for key in keys:
             stored, here = tuple(state_dict[key].shape), tuple(own[key].shape)
-            if "_quantizer" not in key and stored != here:  # a quantizer takes the stored shape over
+            adopts = "_quantizer" in key or "_mask." in key  # it takes the stored shape over
+            if not adopts and stored != here:
                 raise ValueError(f"this checkpoint is of another model: `{key}` is {stored} there and {here} here")
 
 

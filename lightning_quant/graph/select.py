@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -27,7 +27,12 @@ class Selection:
 
 
 def select(
-    model: nn.Module, graph: ModelGraph, target: str | None = None, skip: Sequence[str] = (), attention: bool = True
+    model: nn.Module,
+    graph: ModelGraph,
+    target: str | None = None,
+    skip: Sequence[str] = (),
+    attention: bool = True,
+    slots: Collection[str] = (QuantizedLayer.WEIGHTS, QuantizedLayer.INPUTS),
 ) -> Selection:
     """Choose what is quantized: layers of known type within ``target`` that are not skipped.
 
@@ -40,10 +45,11 @@ def select(
         target: name of the submodule to stay within; default: the whole model.
         skip: name patterns of what stays float; each must match something.
         attention: whether to choose attention sites as well.
+        slots: what is wanted of the layers; another method may have the rest.
 
     Raises:
-        ValueError: if ``target`` or a pattern names nothing, a layer is quantized already or cannot be swapped, or
-            nothing is left.
+        ValueError: if ``target`` or a pattern names nothing, a layer is quantized (or pruned) already or cannot be
+            swapped, or nothing is left.
     """
     modules = dict(model.named_modules())
     if target is not None:  # what its author wrote as `net.head` is `net._orig_mod.head` once `net` is compiled
@@ -52,11 +58,10 @@ def select(
         matching([name for name in modules if name], target, "target")
         raise ValueError(f"target: there is no submodule named {target!r}; give its full name")
     inside = [name for name in modules if target is None or name == target or name.startswith(f"{target}.")]
-    quantized = [name for name in inside if isinstance(modules[name], (QuantizedLayer, AttentionSite))]
-    if quantized:
-        raise ValueError(
-            f"`{quantized[0]}` is quantized already: call remove(model) of the callback that did it, or set target="
-        )
+    taken = next((name for name in inside if _is_taken(modules[name], slots, attention)), None)
+    if taken is not None:
+        done = "pruned" if QuantizedLayer.PRUNED in slots else "quantized"
+        raise ValueError(f"`{taken}` is {done} already: call remove(model) of the callback that did it, or set target=")
     ran = {name: position for position, name in enumerate(graph.order)}
     inside.sort(key=lambda name: ran.get(name, len(ran)))
     known = [name for name in inside if twin_of(modules[name]) is not None or _looks_like_one(modules[name])]
@@ -86,6 +91,13 @@ def select(
             + ": check target= and skip="
         )
     return chosen
+
+
+def _is_taken(module: nn.Module, slots: Collection[str], attention: bool) -> bool:
+    """Whether another method has what is wanted of a module."""
+    if isinstance(module, QuantizedLayer):
+        return not module.filled().isdisjoint({*slots, "attention"} if attention else slots)
+    return attention and isinstance(module, AttentionSite) and len(module.attention_quantizers) > 0
 
 
 def _passes_by(module: nn.Module, name: str, graph: ModelGraph, layers: Sequence[str]) -> bool:

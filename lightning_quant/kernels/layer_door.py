@@ -56,6 +56,12 @@ class KernelLayer(QuantizedLayer):
         give_back(self)
         self.drop_quantizers()
 
+    def empty(self, slot: str) -> None:
+        """Let the layer simulate again, and empty a slot of it."""
+        require_float_weights(self)
+        give_back(self)
+        self.empty(slot)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kept:
@@ -100,6 +106,8 @@ def run_on(layer: QuantizedLayer, kernel: Kernel, keep: bool = False) -> None:
     layer.add_module("kernel", kernel)
     for name, quantizer in layer.weight_quantizers().items():
         quantizer.codes = None  # the kernel has them
+        if name in layer.masks():
+            layer.masks()[name].offset = None  # the codes know it
         weight = layer._parameters.pop(name)
         assert weight is not None
         nothing = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)

@@ -21,6 +21,11 @@ class AttentionSchemes:
     value: Scheme | None
     probabilities: Scheme | None
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is quantized."""
+        return self.query is self.key is self.value is self.probabilities is None
+
 
 class QuantAttention(nn.Module):
     r"""Scaled dot product attention with quantized operands.

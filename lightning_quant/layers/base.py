@@ -12,16 +12,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.quantizers import NoisyQuantizer, Quantizer, Scheme, build_quantizer
+from lightning_quant.quantizers import Mask, NoisyQuantizer, Pattern, Quantizer, Scheme, build_quantizer
 
 
 class QuantizedLayer(nn.Module):
-    """A layer that computes with quantized weights and inputs; mixed in before the float class.
+    """A layer that computes with quantized weights and inputs, or pruned weights; mixed in before the float class.
 
-    For every weight ``p`` of the layer there is a child ``p_quantizer``, and for every input a child like
-    ``input_quantizer``; a child that is ``None`` leaves its tensor float. ``folded`` says whether a neighbouring norm
-    has been folded into the weights.
+    It has slots: for every weight ``p`` a child ``p_quantizer`` and, in front of that, a child ``p_mask``, and for
+    every input a child like ``input_quantizer``; a child that is ``None`` leaves its tensor as it is. Several methods
+    may work on one layer, each in slots of its own: :attr:`WEIGHTS`, :attr:`INPUTS`, :attr:`PRUNED`. ``folded`` says
+    whether a neighbouring norm has been folded into the weights.
     """
+
+    WEIGHTS: ClassVar[str] = "weights"
+    INPUTS: ClassVar[str] = "inputs"
+    PRUNED: ClassVar[str] = "pruned"
 
     float_class: ClassVar[type[nn.Module]]
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)
@@ -33,19 +38,46 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
 
-    def add_quantizers(self, weights: Scheme | None, inputs: Scheme | None) -> None:
-        """Give the layer uncalibrated quantizers for its weights and inputs."""
-        for name in self.present_weights():
-            self.set_quantizer(f"{name}_quantizer", weights, axis=0)
-        for name in self.input_quantizers:
-            self.set_quantizer(name, inputs, axis=self.input_axis)
-        self.register_buffer("folded", torch.tensor(False, device=self.device))
+    def add_quantizers(self, weights: Scheme | None, inputs: Scheme | None, pruned: Pattern | None = None) -> None:
+        """Fill slots with uncalibrated quantizers and undecided masks; what is in the others stays."""
+        for slot, content in ((self.WEIGHTS, weights), (self.INPUTS, inputs), (self.PRUNED, pruned)):
+            for name in self._children_of(slot):
+                if content is not None and getattr(self, name, None) is not None:
+                    raise ValueError(f"its {slot} slot is not free: `{name}` is {getattr(self, name)}")
+                if isinstance(content, Pattern):
+                    self.register_module(name, Mask(content).to(self.device).train(self.training))
+                elif content is not None or not hasattr(self, name):
+                    self.set_quantizer(name, content, axis=self.input_axis if slot == self.INPUTS else 0)
+        if "folded" not in self._buffers:
+            self.register_buffer("folded", torch.tensor(False, device=self.device))
+
+    def empty(self, slot: str) -> None:
+        """Take out what is in a slot, and give back the codes that were solved for before pruning."""
+        for name, mask in self.masks().items() if slot == self.PRUNED else ():
+            quantizer = self.weight_quantizers().get(name)
+            if quantizer is not None and mask.before is not None:
+                quantizer.codes = mask.before
+        for name in self._children_of(slot):
+            setattr(self, name, None)
+
+    def filled(self) -> set[str]:
+        """The slots that something is in."""
+        slots = (self.WEIGHTS, self.INPUTS, self.PRUNED)
+        return {
+            slot for slot in slots if any(getattr(self, name, None) is not None for name in self._children_of(slot))
+        }
 
     def drop_quantizers(self) -> None:
-        """Take the quantizers out again, as far as they were put in: adding them may have been interrupted."""
-        for name in [*(f"{name}_quantizer" for name in self.present_weights()), *self.input_quantizers, "folded"]:
+        """Take all slots out again, as far as they were put in: adding them may have been interrupted."""
+        slots = (self.WEIGHTS, self.INPUTS, self.PRUNED)
+        for name in [*(name for slot in slots for name in self._children_of(slot)), "folded"]:
             if hasattr(self, name):
                 delattr(self, name)
+
+    def _children_of(self, slot: str) -> list[str]:
+        if slot == self.INPUTS:
+            return list(self.input_quantizers)
+        return [f"{name}_{'quantizer' if slot == self.WEIGHTS else 'mask'}" for name in self.present_weights()]
 
     def set_quantizer(self, name: str, scheme: Scheme | None, axis: int) -> None:
         """Put an uncalibrated quantizer under a name, in the place of what was there."""
@@ -69,10 +101,21 @@ class QuantizedLayer(nn.Module):
         """Names of the weight Parameters that this layer has."""
         return [name for name in self.weight_names if getattr(self, name, None) is not None]
 
-    def weight_rows(self, name: str = "weight") -> Tensor:
+    def float_rows(self, name: str = "weight") -> Tensor:
         """The float weight with output channels first: (out, ...)."""
         weight: Tensor = getattr(self, name)
         return weight.t() if self.transposed else weight
+
+    def weight_rows(self, name: str = "weight") -> Tensor:
+        """What is quantized, the float weight without what is pruned, with output channels first: (out, ...)."""
+        mask = getattr(self, f"{name}_mask", None)
+        rows: Tensor = self.float_rows(name) if mask is None else mask(self.float_rows(name))
+        return rows
+
+    def masks(self) -> dict[str, Mask]:
+        """The masks of pruned weights, by the name of the Parameter."""
+        found = {name: getattr(self, f"{name}_mask", None) for name in self.present_weights()}
+        return {name: mask for name, mask in found.items() if mask is not None}
 
     def weight_quantizers(self) -> dict[str, Quantizer]:
         """The quantizers of the weights, by the name of the Parameter."""
@@ -85,18 +128,42 @@ class QuantizedLayer(nn.Module):
         return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
 
     def quantized(self, name: str = "weight") -> Tensor:
-        """The weight as the quantized layer computes with it."""
-        return through(getattr(self, f"{name}_quantizer"), getattr(self, name))
+        """The weight as the layer computes with it, stored as the Parameter is."""
+        rows = self.rounded_rows(name)
+        return rows.t() if self.transposed else rows
 
     def rounded_rows(self, name: str = "weight") -> Tensor:
         """The same with output channels first: (out, ...)."""
         return through(getattr(self, f"{name}_quantizer"), self.weight_rows(name))
 
+    @torch.no_grad()
+    def prune(self, keep: Tensor, rows: Tensor | None = None, name: str = "weight") -> None:
+        """Decide a mask: what it keeps, and what became of that.
+
+        Codes that were solved for are pruned with it: those of pruned weights become the code of 0.
+
+        Args:
+            keep: bool (out, ...).
+            rows: the kept weights where a solver changed them, (out, ...); ``None`` keeps what the layer computes with.
+            name: of the weight.
+        """
+        mask, quantizer = self.masks()[name], self.weight_quantizers().get(name)
+        codes = None if quantizer is None else quantizer.codes
+        if quantizer is not None and codes is not None:
+            quantizer.codes = None
+            solved = codes.int() if rows is None else quantizer.encode(rows)
+            quantizer.solve(solved.where(keep, quantizer.encode(torch.zeros_like(self.float_rows(name)))))
+            mask.before = codes
+            rows = None
+        offset = None if rows is None else (rows - self.float_rows(name)).to(self.float_rows(name)) * keep
+        mask.decide(keep, offset)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
         """A float state dict knows nothing of ``folded``: its weights are not."""
-        if not any(key.startswith(prefix) and ("quantizer" in key or key == f"{prefix}folded") for key in state_dict):
+        own = [key for key in state_dict if key.startswith(prefix)]
+        if not any("_quantizer" in key or "_mask." in key or key == f"{prefix}folded" for key in own):
             state_dict[f"{prefix}folded"] = torch.tensor(False)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
 

@@ -15,10 +15,6 @@ class QuantConv1D(QuantizedLayer, Conv1D):
     float_class = Conv1D
     transposed = True
 
-    def quantized(self, name: str = "weight") -> Tensor:
-        """The weight as the quantized layer computes with it: (in, out)."""
-        return through(self.weight_quantizer, self.weight_rows(name)).t()
-
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
         x = through(self.input_quantizer, x)

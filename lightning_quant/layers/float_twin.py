@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_quant.layers.multihead import QuantMultiheadAttention
 from lightning_quant.layers.routing import AttentionSite
-from lightning_quant.quantizers import Quantizer
+from lightning_quant.quantizers import Mask, Quantizer
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def as_float(model: nn.Module) -> Iterator[None]:
         >>> torch.equal(layer(x), exact)
         False
     """
-    observers = {module: module.observer for module in model.modules() if isinstance(module, Quantizer)}
+    observers = {module: module.observer for module in model.modules() if isinstance(module, (Quantizer, Mask))}
     # These answer attention calls with a formula of ours, which differs from torch's fused kernel by rounding.
     routing = {
         module: type(module)

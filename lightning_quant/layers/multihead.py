@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer, through
 from lightning_quant.layers.routing import Route
-from lightning_quant.quantizers import Quantizer, Scheme
+from lightning_quant.quantizers import Pattern, Quantizer, Scheme
 
 
 class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
@@ -27,14 +27,20 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     attention_quantizers: QuantAttention
     input_quantizers = ("input_quantizer", "key_input_quantizer", "value_input_quantizer")
 
-    def add_quantizers(self, weights: Scheme | None, inputs: Scheme | None) -> None:
-        """Give the layer uncalibrated quantizers; those of the attention operands come with :meth:`add_attention`."""
-        super().add_quantizers(weights, inputs)
-        self.add_attention(AttentionSchemes(None, None, None, None))
+    def add_quantizers(self, weights: Scheme | None, inputs: Scheme | None, pruned: Pattern | None = None) -> None:
+        """Fill slots; the quantizers of the attention operands come with :meth:`add_attention`."""
+        super().add_quantizers(weights, inputs, pruned)
+        if not hasattr(self, "attention_quantizers"):
+            self.add_attention(AttentionSchemes(None, None, None, None))
 
     def add_attention(self, schemes: AttentionSchemes) -> None:
         """Quantize query, key, value and probabilities as well."""
         self.attention_quantizers = QuantAttention(schemes).to(self.device).train(self.training)
+
+    def filled(self) -> set[str]:
+        """The slots that something is in; the operands of attention are one."""
+        attention = {"attention"} if self.attention_quantizers.activation_quantizers() else set()
+        return super().filled() | attention
 
     def drop_quantizers(self) -> None:
         """Take the quantizers out again."""

@@ -19,21 +19,36 @@ from lightning_quant.layers.swap import (
     drop_bias,
     quantize_attention,
     quantize_layer,
-    restore,
+    release,
+    release_attention,
     twin_of,
     weight_rows,
     why_not_swappable,
 )
-from lightning_quant.quantizers import Quantizer, Scheme
+from lightning_quant.quantizers import Mask, Pattern, Quantizer, Scheme
 
 
 @dataclass
 class LayerPlan:
-    """The formats of one layer's weights and inputs, ``None`` is float; whether noise is added to the inputs."""
+    """What one method does to one layer.
+
+    Args:
+        weights: format of its weights, ``None`` for float.
+        inputs: format of its inputs, ``None`` for float.
+        noisy: whether noise is added to the inputs.
+        pruned: pattern of its pruned weights, ``None`` where none are.
+    """
 
     weights: str | None
     inputs: str | None
     noisy: bool = False
+    pruned: str | None = None
+
+    @property
+    def slots(self) -> list[str]:
+        """Where in the layer something is put; see :class:`~lightning_quant.layers.QuantizedLayer`."""
+        slots = (QuantizedLayer.WEIGHTS, QuantizedLayer.INPUTS, QuantizedLayer.PRUNED)
+        return [slot for slot in slots if getattr(self, slot) is not None]
 
 
 @dataclass
@@ -48,6 +63,11 @@ class AttentionPlan:
     spelled: list[list[int]] = field(default_factory=list)
     functional: list[str] = field(default_factory=list)
 
+    @property
+    def quantized(self) -> bool:
+        """Whether an operand is quantized."""
+        return any(getattr(self, operand) is not None for operand in QuantAttention.OPERANDS)
+
 
 @dataclass
 class Plan:
@@ -61,6 +81,7 @@ class Plan:
         created: names of the modules that were given a bias by the method.
         skipped: why a layer stays float, by layer name.
         calibration: on how many samples it was calibrated and where these came from, in words.
+        step: what was done to float weights: ``"rewrite"``, ``"absorb"`` or ``"decide"``.
 
     >>> net = nn.Sequential(nn.Linear(4, 2))
     >>> plan = Plan("Demo", {}, layers={"0": LayerPlan("int8_sym_channel", None)})
@@ -81,6 +102,7 @@ class Plan:
     created: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     calibration: str = ""
+    step: str = "decide"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as nested dicts, for JSON."""
@@ -121,7 +143,12 @@ class Plan:
     def apply(self, model: nn.Module) -> None:
         """Build the quantized structure, uncalibrated, on a float model."""
         for name, layer in self.layers.items():
-            twin = quantize_layer(model.get_submodule(name), _scheme(layer.weights), _scheme(layer.inputs))
+            pruned = None if layer.pruned is None else Pattern.parse(layer.pruned)
+            module = model.get_submodule(name)
+            try:
+                twin = quantize_layer(module, _scheme(layer.weights), _scheme(layer.inputs), pruned)
+            except ValueError as error:
+                raise ValueError(f"`{name}` cannot take what {self.method} wants to do: {error}") from None
             if layer.noisy:
                 twin.make_noisy()
         for name, site in self.attention.items():
@@ -134,11 +161,14 @@ class Plan:
             create_bias(module, like=weight_rows(module).reshape(len(weight_rows(module)), -1)[:, 0])
 
     def undo(self, model: nn.Module) -> None:
-        """Give every planned module its float class back; Parameters stay as they are, created biases too."""
+        """Take out what was planned; Parameters stay as they are, created biases too."""
         modules = dict(model.named_modules())
-        for name in [*self.attention, *self.layers]:
+        for name, site in self.attention.items():
             if name in modules:
-                restore(modules[name])
+                release_attention(modules[name], site.quantized)
+        for name, layer in self.layers.items():
+            if name in modules:
+                release(modules[name], layer.slots)
 
     def forget_created(self, model: nn.Module) -> None:
         """Take the created biases away, because float weights that never knew them are to be loaded."""
@@ -148,10 +178,13 @@ class Plan:
                 drop_bias(modules[name])
 
     def give_back(self, model: nn.Module, name: str, why: str) -> None:
-        """Make one planned layer float again, saying why."""
-        restore(model.get_submodule(name))
-        self.layers.pop(name, None)
-        self.attention.pop(name, None)
+        """Leave one layer as it was, saying why."""
+        module = model.get_submodule(name)
+        layer, site = self.layers.pop(name, None), self.attention.pop(name, None)
+        if site is not None:
+            release_attention(module, site.quantized)
+        if layer is not None:
+            release(module, layer.slots)
         self.skipped[name] = why
 
     def modules(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -176,7 +209,7 @@ class Plan:
         for name, module in model.named_modules():
             if name in self.layers or name in self.attention:
                 for child_name, child in module.named_children():
-                    if child_name.endswith(("_quantizer", "_quantizers")):
+                    if child_name.endswith(("_quantizer", "_quantizers", "_mask")):
                         child.train(module.training)
 
     def quantized_layers(self, model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -186,25 +219,44 @@ class Plan:
         }
 
     def activation_quantizers(self, model: nn.Module) -> dict[str, Quantizer]:
-        """The quantizers of layer inputs and attention operands, by full name."""
+        """The planned quantizers of layer inputs and attention operands, by full name."""
         found: dict[str, Quantizer] = {}
         for owner, module in self.modules(model).items():
             if isinstance(module, QuantizedLayer):
-                found |= {f"{owner}.{name}": quantizer for name, quantizer in module.activation_quantizers().items()}
-            elif isinstance(module, AttentionSite):
-                for call, attention in enumerate(module.attention_quantizers):
-                    quantizers = cast(QuantAttention, attention).activation_quantizers()
+                inputs = owner in self.layers and self.layers[owner].inputs is not None
+                attention = owner in self.attention and self.attention[owner].quantized
+                found |= {
+                    f"{owner}.{name}": quantizer
+                    for name, quantizer in module.activation_quantizers().items()
+                    if (attention if name.startswith("attention_quantizers.") else inputs)
+                }
+            elif isinstance(module, AttentionSite) and self.attention[owner].quantized:
+                for call, attending in enumerate(module.attention_quantizers):
+                    quantizers = cast(QuantAttention, attending).activation_quantizers()
                     found |= {f"{owner}.attention_quantizers.{call}.{name}": q for name, q in quantizers.items()}
         return {name.removeprefix("."): q for name, q in found.items()}  # the model itself may be a site
 
     def quantizers(self, model: nn.Module) -> dict[str, Quantizer]:
-        """Every quantizer of the planned modules, by full name."""
+        """Every planned quantizer, by full name."""
         weights = {
             f"{owner}.{name}_quantizer": quantizer
             for owner, layer in self.quantized_layers(model).items()
-            for name, quantizer in layer.weight_quantizers().items()
+            for name, quantizer in (layer.weight_quantizers() if self.layers[owner].weights else {}).items()
         }
         return weights | self.activation_quantizers(model)
+
+    def masks(self, model: nn.Module) -> dict[str, Mask]:
+        """Every planned mask, by full name."""
+        return {
+            f"{owner}.{name}_mask": mask
+            for owner, layer in self.quantized_layers(model).items()
+            for name, mask in (layer.masks() if self.layers[owner].pruned else {}).items()
+        }
+
+    def lacking(self, model: nn.Module) -> list[str]:
+        """Names of the quantizers and masks that nothing is known of yet."""
+        found: dict[str, Quantizer | Mask] = {**self.quantizers(model), **self.masks(model)}
+        return [name for name, state in found.items() if not state.calibrated]
 
 
 def _scheme(text: str | None) -> Scheme | None:

@@ -62,7 +62,8 @@ class AttentionSite(nn.Module):
 
     ``attention_quantizers`` serve first the fused calls of one forward, in order, then those that are ``spelled`` out
     as (position of the first matmul, of the softmax, of the second matmul) among those of the forward.
-    ``functional`` names children whose weight the forward reads by ``F.linear(x, self.qkv.weight, ...)``.
+    ``functional`` names children whose weight the forward reads by ``F.linear(x, self.qkv.weight, ...)``, and ``plans``
+    counts the methods that want calls routed.
     While a route is active torch also keeps off the fused fast paths that would pass quantized children by.
     """
 
@@ -70,6 +71,7 @@ class AttentionSite(nn.Module):
     attention_quantizers: nn.ModuleList
     spelled: list[tuple[int, int, int]]
     functional: list[str]
+    plans: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward with its calls routed to our quantizers."""

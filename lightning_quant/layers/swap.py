@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
 from lightning_quant.layers.linear import QuantEmbedding, QuantLinear, QuantOutProjection
 from lightning_quant.layers.multihead import QuantMultiheadAttention
 from lightning_quant.layers.routing import AttentionSite, site_class
-from lightning_quant.quantizers import Scheme
+from lightning_quant.quantizers import Pattern, Scheme
 
 TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantLinear,
@@ -29,13 +29,15 @@ TWINS: dict[type[nn.Module], type[QuantizedLayer]] = {
 
 
 def twin_of(layer: nn.Module) -> type[QuantizedLayer] | None:
-    """The quantized class for a layer of exactly this type; ``None`` where there is none.
+    """The quantized class for a layer of exactly this type, its own if it is quantized; ``None`` where there is none.
 
     >>> twin_of(nn.Linear(2, 2)).__name__
     'QuantLinear'
     >>> twin_of(nn.LayerNorm(2)) is None
     True
     """
+    if isinstance(layer, QuantizedLayer):
+        return type(layer)
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     if pytorch_utils is not None and type(layer) is pytorch_utils.Conv1D:
         from lightning_quant.layers.conv1d_transformers import QuantConv1D
@@ -46,7 +48,7 @@ def twin_of(layer: nn.Module) -> type[QuantizedLayer] | None:
 
 def weight_rows(layer: nn.Module) -> Tensor:
     """The weight of a float or quantized layer with output channels first: (out, ...); a view of the Parameter."""
-    twin = type(layer) if isinstance(layer, QuantizedLayer) else twin_of(layer)
+    twin = twin_of(layer)
     weight = cast(Tensor, layer.weight)
     return weight.t() if twin is not None and twin.transposed else weight
 
@@ -66,8 +68,12 @@ def why_not_swappable(layer: nn.Module) -> str | None:
     return None
 
 
-def quantize_layer(layer: nn.Module, weights: Scheme | None, inputs: Scheme | None) -> QuantizedLayer:
-    """Turn a float layer into its (uncalibrated) quantized twin; the object and its Parameters stay the same.
+def quantize_layer(
+    layer: nn.Module, weights: Scheme | None, inputs: Scheme | None, pruned: Pattern | None = None
+) -> QuantizedLayer:
+    """Turn a layer into its (uncalibrated) quantized twin; the object and its Parameters stay the same.
+
+    One that another method works on already gets what is given here beside that.
 
     >>> layer = nn.Linear(4, 2)
     >>> weight = layer.weight
@@ -80,8 +86,26 @@ def quantize_layer(layer: nn.Module, weights: Scheme | None, inputs: Scheme | No
         raise TypeError(f"no quantized twin for a {type(layer).__name__}" if twin is None else f"cannot swap: {reason}")
     layer.__class__ = twin
     assert isinstance(layer, QuantizedLayer)
-    layer.add_quantizers(weights, inputs)
+    layer.add_quantizers(weights, inputs, pruned)
     return layer
+
+
+def release(layer: nn.Module, slots: Iterable[str]) -> None:
+    """Empty slots of a quantized layer; it is float again when nothing is left in any.
+
+    >>> layer = quantize_layer(nn.Linear(4, 2), Scheme.parse("int8_sym_channel"), None, Pattern.parse("2:4"))
+    >>> release(layer, ["weights"])
+    >>> sorted(layer.filled())
+    ['pruned']
+    >>> release(layer, ["pruned"])
+    >>> type(layer).__name__
+    'Linear'
+    """
+    if isinstance(layer, QuantizedLayer):
+        for slot in slots:
+            layer.empty(slot)
+        if not layer.filled():
+            restore(layer)
 
 
 def quantize_attention(
@@ -103,16 +127,39 @@ def quantize_attention(
         functional: names of quantized children whose weight its forward reads.
     """
     if isinstance(module, QuantMultiheadAttention):
-        module.add_attention(schemes)
+        if not schemes.empty:
+            module.add_attention(schemes)
         return
-    weight = next(module.parameters(), None)
-    quantizers = nn.ModuleList(QuantAttention(schemes) for _ in range(fused + len(spelled)))
-    quantizers.to(None if weight is None else weight.device).train(module.training)
-    module.__class__ = site_class(type(module))
-    assert isinstance(module, AttentionSite)
-    module.attention_quantizers = quantizers
-    module.spelled = [(first, softmax, second) for first, softmax, second in spelled]
-    module.functional = list(functional)
+    if not isinstance(module, AttentionSite):
+        module.__class__ = site_class(type(module))
+        assert isinstance(module, AttentionSite)
+        module.attention_quantizers, module.spelled, module.functional, module.plans = nn.ModuleList(), [], [], 0
+    module.plans += 1
+    module.functional = [*module.functional, *(name for name in functional if name not in module.functional)]
+    if fused or spelled:
+        weight = next(module.parameters(), None)
+        quantizers = nn.ModuleList(QuantAttention(schemes) for _ in range(fused + len(spelled)))
+        quantizers.to(None if weight is None else weight.device).train(module.training)
+        module.attention_quantizers = quantizers
+        module.spelled = [(first, softmax, second) for first, softmax, second in spelled]
+
+
+def release_attention(module: nn.Module, quantized: bool) -> None:
+    """Take one plan out of a module that attends; it is what it was when no plan is left.
+
+    Args:
+        module: the module whose forward attends.
+        quantized: whether the plan quantized the operands, or only had the calls routed.
+    """
+    if isinstance(module, QuantMultiheadAttention):
+        if quantized:
+            module.add_attention(AttentionSchemes(None, None, None, None))
+    elif isinstance(module, AttentionSite):
+        module.plans -= 1
+        if quantized:
+            module.attention_quantizers, module.spelled = nn.ModuleList(), []
+        if not module.plans:
+            restore(module)
 
 
 def restore(module: nn.Module) -> None:
@@ -120,7 +167,7 @@ def restore(module: nn.Module) -> None:
     if isinstance(module, QuantizedLayer):
         module.drop_quantizers()
     elif isinstance(module, AttentionSite):
-        del module.attention_quantizers, module.spelled, module.functional
+        del module.attention_quantizers, module.spelled, module.functional, module.plans
     if isinstance(module, (QuantizedLayer, AttentionSite)):
         module.__class__ = module.float_class  # type: ignore[assignment]
 

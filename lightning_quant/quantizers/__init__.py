@@ -20,6 +20,7 @@ from lightning_quant.quantizers.observers import Observer, refuse_nonfinite
 from lightning_quant.quantizers.quantiles import quantile
 from lightning_quant.quantizers.ranges import Distribution, RangeRule, search
 from lightning_quant.quantizers.scheme import Scheme
+from lightning_quant.quantizers.sparse import Mask, Pattern
 from lightning_quant.quantizers.tangent import ArctangentQuantizer, TangentQuantizer, bend, unbend
 from lightning_quant.quantizers.twin import TwinQuantizer, UnsignedTwinQuantizer
 from lightning_quant.quantizers.uniform import UniformQuantizer, dequantize, fake_quantize, quantize, uniform_state
@@ -31,8 +32,10 @@ __all__ = [
     "Histogram",
     "LearnedQuantizer",
     "LogQuantizer",
+    "Mask",
     "NoisyQuantizer",
     "Observer",
+    "Pattern",
     "Quantizer",
     "RangeRule",
     "Scheme",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_quant.layers import QuantAttention, QuantizedLayer, QuantMultiheadAttention
 from lightning_quant.metrics import SQNR
-from lightning_quant.quantizers import Histogram, NoisyQuantizer, Quantizer, levels, to_steps
+from lightning_quant.quantizers import Histogram, Mask, NoisyQuantizer, Quantizer, levels, to_steps
 
 # Each call of a layer is judged by so many of its elements, and keeps so many to be compared later: a quarter of a
 # million tells an SQNR to a twentieth of a dB, and memory is bounded by the number of layers.
@@ -108,6 +108,7 @@ class LayerError:
         kind: its float class, or ``attention``.
         weights: the errors of its weights.
         inputs: the errors of its inputs, or of the operands of attention.
+        pruned: the pattern of its pruned weights.
         own: SQNR of its output where this layer alone is quantized, in dB; None if it did not run as a module.
         accumulated: SQNR of its output where the whole model is quantized, in dB; None likewise.
         depth: 1 for the layer that ran first; None if it did not run.
@@ -117,6 +118,7 @@ class LayerError:
     kind: str
     weights: list[TensorError]
     inputs: list[TensorError]
+    pruned: str | None = None
     own: float | None = None
     accumulated: float | None = None
     depth: int | None = None
@@ -147,7 +149,7 @@ class _Watched:
 
     error: LayerError
     module: nn.Module
-    quantizers: list[Quantizer]
+    quantizers: Sequence[Quantizer | Mask]
     own: SQNR
     accumulated: SQNR
     kept: deque[Tensor] = field(default_factory=deque)
@@ -303,19 +305,20 @@ def _watched(model: nn.Module) -> Iterator[_Watched]:
         if isinstance(module, QuantMultiheadAttention):
             inside.add(module.attention_quantizers)
         if isinstance(module, QuantizedLayer):
-            kind, weights = module.float_class.__name__, module.weight_quantizers()
+            kind, weights, masks = module.float_class.__name__, module.weight_quantizers(), module.masks()
         elif isinstance(module, QuantAttention) and module not in inside:
-            kind, weights = "attention", {}
+            kind, weights, masks = "attention", {}, {}
         else:
             continue
         operands = module.activation_quantizers()
-        quantizers = [*weights.values(), *operands.values()]
-        if not quantizers or not all(quantizer.calibrated for quantizer in quantizers):
+        states = [*weights.values(), *masks.values(), *operands.values()]
+        if not states or not all(state.calibrated for state in states):
             continue
-        error = LayerError(name, kind, _tensors(weights), _tensors(operands))
-        device = quantizers[0].scale.device
+        pruned = next((str(mask.pattern) for mask in masks.values()), None)
+        error = LayerError(name, kind, _tensors(weights), _tensors(operands), pruned)
+        device = next(states[0].buffers()).device
         own, accumulated = (SQNR(sync_on_compute=False).to(device) for _ in range(2))
-        yield _Watched(error, module, quantizers, own, accumulated)
+        yield _Watched(error, module, states, own, accumulated)
 
 
 def _tensors(quantizers: Mapping[str, Quantizer]) -> list[TensorError]:
@@ -354,7 +357,7 @@ def _hand_on(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _unobserved(quantizers: list[Quantizer]) -> Iterator[None]:
+def _unobserved(quantizers: Sequence[Quantizer | Mask]) -> Iterator[None]:
     """Let quantizers quantize for a moment."""
     observers = [quantizer.observer for quantizer in quantizers]
     try:

@@ -263,6 +263,7 @@ def layer_facts(layer: LayerError) -> dict[str, Any]:
     return {
         "name": layer.name,
         "kind": layer.kind,
+        "pruned": layer.pruned,
         "depth": layer.depth,
         "sqnr": layer.sqnr,
         "sqnr_accumulated": layer.accumulated,
@@ -336,8 +337,9 @@ def _row(layer: LayerError, sizes: tuple[int, int] | None, top: float) -> Html:
 
 def _formats(layer: LayerError) -> Html:
     """``int4 / int4``, in full when one points at it."""
-    brief = dict.fromkeys(_brief(tensor.scheme) for tensor in layer.tensors)
-    full = ", ".join(f"{tensor.name} {tensor.scheme}" for tensor in layer.tensors)
+    pruned = [] if layer.pruned is None else [f"pruned {layer.pruned}"]
+    brief = dict.fromkeys([*pruned, *(_brief(tensor.scheme) for tensor in layer.tensors)])
+    full = ", ".join([*pruned, *(f"{tensor.name} {tensor.scheme}" for tensor in layer.tensors)])
     return tag("span", " · ".join(brief), title=full)
 
 

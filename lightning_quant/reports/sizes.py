@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lightning_quant.layers import QuantizedLayer, created_biases
-from lightning_quant.quantizers import Quantizer
+from lightning_quant.quantizers import Mask, Quantizer
 
 
 @dataclass
@@ -57,7 +57,7 @@ def model_sizes(model: nn.Module) -> Sizes:
     codes = _packed_bytes(model)
     added = {f"{name}.bias" for name in created_biases(model)}
     added |= {f"{name}.folded" for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
-    quantizers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Quantizer))
+    quantizers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, (Quantizer, Mask)))
     parameters = {id(parameter) for parameter in model.parameters()}
     seen: set[tuple[int, object, object]] = set()
     for key, value in model.state_dict(keep_vars=True).items():
@@ -72,22 +72,39 @@ def model_sizes(model: nn.Module) -> Sizes:
             sizes.before += value.nbytes
             sizes.parameters += value.numel() if id(value) in parameters else 0
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) and module.weight_quantizers():
-            weights = {getattr(module, weight): q for weight, q in module.weight_quantizers().items()}
-            state = sum(buffer.nbytes for quantizer in weights.values() for buffer in quantizer.state_dict().values())
+        if isinstance(module, QuantizedLayer) and (module.weight_quantizers() or module.masks()):
+            states = [*module.weight_quantizers().values(), *module.masks().values()]
+            weights = [getattr(module, name) for name in {**module.weight_quantizers(), **module.masks()}]
+            buffers = [buffer for state in states for buffer in state.state_dict(keep_vars=True).values()]
+            state = sum(codes.get(id(buffer), buffer.nbytes) for buffer in buffers)
             now = sum(codes.get(id(weight), weight.nbytes) for weight in weights)
             sizes.layers[name] = (sum(weight.nbytes for weight in weights), now + state)
     return sizes
 
 
 def _packed_bytes(model: nn.Module) -> dict[int, int]:
-    """Bytes of the codes of each weight that has codes, by id; one that a float layer reads as well stays float."""
+    """Bytes of what is stored packed, by id: codes, kept weights and masks.
+
+    A weight that a float layer reads as well stays float.
+    """
     found = {}
     readers = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for module in model.modules():
-        if isinstance(module, QuantizedLayer):
-            for name, quantizer in module.weight_quantizers().items():
-                weight = getattr(module, name)
-                if readers[id(weight)] <= 1:
-                    found[id(weight)] = -(-weight.numel() * quantizer.scheme.bits // 8)
+        if not isinstance(module, QuantizedLayer):
+            continue
+        quantizers, masks = module.weight_quantizers(), module.masks()
+        for name in {**quantizers, **masks}:
+            weight = getattr(module, name)
+            if readers[id(weight)] > 1:
+                continue
+            if name in quantizers:
+                found[id(weight)] = -(-weight.numel() * quantizers[name].scheme.bits // 8)
+                if quantizers[name].codes is not None:
+                    found[id(quantizers[name].codes)] = 0  # those are they
+            if name in masks:
+                mask = masks[name]
+                found[id(mask.keep)] = -(-mask.keep.numel() // 8)
+                found |= {id(part): 0 for part in (mask.offset, mask.before) if part is not None}
+                if name not in quantizers:
+                    found[id(weight)] = int(mask.keep.sum()) * weight.element_size()
     return found

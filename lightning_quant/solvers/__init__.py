@@ -9,6 +9,7 @@ from lightning_quant.solvers.budgets import Budget
 from lightning_quant.solvers.clipping import clipping_error, learn_clips
 from lightning_quant.solvers.columns import ColumnSolver, Solved, inverse_factor, output_error
 from lightning_quant.solvers.fixes import Binarizing, Fix, Masking, Rounding, settle
+from lightning_quant.solvers.masks import Compared, keep_best, wanda_scores
 from lightning_quant.solvers.noise import (
     OutputError,
     clip_states,
@@ -39,6 +40,7 @@ __all__ = [
     "Binarizing",
     "Budget",
     "ColumnSolver",
+    "Compared",
     "Decision",
     "FittedLevels",
     "Fix",
@@ -61,6 +63,7 @@ __all__ = [
     "greedy",
     "integer_program",
     "inverse_factor",
+    "keep_best",
     "learn_clips",
     "mean_states",
     "moment_distance",
@@ -72,4 +75,5 @@ __all__ = [
     "sensitivities",
     "settle",
     "trade_off",
+    "wanda_scores",
 ]
