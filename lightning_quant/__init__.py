@@ -25,7 +25,9 @@ from lightning_quant.callbacks import (
     RectifiedSparseAttention,
     RepQuant,
     RepQViT,
+    SparseGPT,
     UniformAttention,
+    Wanda,
 )
 from lightning_quant.checkpoint import load_quantized, save_quantized
 from lightning_quant.metrics import (
@@ -74,9 +76,11 @@ __all__ = [
     "RepQViT",
     "RepQuant",
     "Scheme",
+    "SparseGPT",
     "TokenWindows",
     "TopOneAgreement",
     "UniformAttention",
+    "Wanda",
     "load_quantized",
     "save_quantized",
 ]

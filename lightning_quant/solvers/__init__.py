@@ -8,7 +8,7 @@ from lightning_quant.solvers.bits import SEARCHES, Decision, Point, greedy, inte
 from lightning_quant.solvers.budgets import Budget
 from lightning_quant.solvers.clipping import clipping_error, learn_clips
 from lightning_quant.solvers.columns import ColumnSolver, Solved, inverse_factor, output_error
-from lightning_quant.solvers.fixes import Binarizing, Fix, Masking, Rounding, settle
+from lightning_quant.solvers.fixes import Binarizing, Fix, Masking, OnGrid, Rounding, settle
 from lightning_quant.solvers.masks import Compared, keep_best, wanda_scores
 from lightning_quant.solvers.noise import (
     OutputError,
@@ -47,6 +47,7 @@ __all__ = [
     "FreeRounding",
     "JointRounding",
     "Masking",
+    "OnGrid",
     "OutputError",
     "Point",
     "Reconstruction",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_quant.quantizers import Quantizer, RangeRule, build_quantizer
 
-__all__ = ["Binarizing", "Fix", "Masking", "Rounding", "settle"]
+__all__ = ["Binarizing", "Fix", "Masking", "OnGrid", "Rounding", "settle"]
 
 
 class Fix(ABC):
@@ -139,6 +139,30 @@ def settle(quantizer: Quantizer, state: Sequence[Tensor], values: Tensor) -> Non
     for name, value in zip(quantizer.state_names, state, strict=True):
         setattr(quantizer, name, value.float())
     quantizer.solve(quantizer.encode(values.float()))
+
+
+class OnGrid(Fix):
+    """Rounds to the grid that a quantizer has already, so that its scales go on to serve.
+
+    Args:
+        quantizer: of the weight, calibrated.
+        rows: which rows of the weight are solved.
+    """
+
+    def __init__(self, quantizer: Quantizer, rows: slice = slice(None)) -> None:
+        self.quantizer, self.size = quantizer, quantizer.scheme.group_size
+        state = [getattr(quantizer, name) for name in quantizer.state_names]
+        self.state = [part[rows] if part.dim() else part for part in state]
+        self._order: list[int] = []
+
+    def start(self, weight: Tensor, order: Tensor) -> None:
+        """Note where the columns belong."""
+        self._order = order.tolist()
+
+    def __call__(self, column: Tensor, position: int) -> Tensor:
+        """Round a column."""
+        group = self._order[position] // self.size if self.size is not None else None
+        return self.quantizer.simulate(column, *(part if group is None else part[:, group] for part in self.state))
 
 
 class Masking(Fix):
