@@ -20,6 +20,7 @@ from lightning_quant.callbacks.quantization_aware_training import QuantizationAw
 from lightning_quant.callbacks.rectified_sparse_attention import RectifiedSparseAttention
 from lightning_quant.callbacks.repq_vit import RepQViT
 from lightning_quant.callbacks.repquant import RepQuant
+from lightning_quant.callbacks.rotated_ptq import RotatedPTQ
 from lightning_quant.callbacks.sparsegpt import SparseGPT
 from lightning_quant.callbacks.uniform_attention import UniformAttention
 from lightning_quant.callbacks.wanda import Wanda
@@ -45,6 +46,7 @@ __all__ = [
     "RectifiedSparseAttention",
     "RepQViT",
     "RepQuant",
+    "RotatedPTQ",
     "SparseGPT",
     "UniformAttention",
     "Wanda",

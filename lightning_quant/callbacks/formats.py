@@ -81,6 +81,7 @@ class Formats:
         overrides: format by name pattern.
         weight_defaults: what a weight format that leaves it open means.
         activation_defaults: the same for activations.
+        required: whether there must be a format at all.
     """
 
     weights: str | None
@@ -91,9 +92,10 @@ class Formats:
     overrides: dict[str, str] = field(default_factory=dict)
     weight_defaults: Defaults = field(default_factory=lambda: {"symmetric": True, "granularity": "channel"})
     activation_defaults: Defaults = field(default_factory=lambda: {"symmetric": False, "granularity": "tensor"})
+    required: bool = True
 
     def __post_init__(self) -> None:
-        if self.weights is None and self.activations is None:
+        if self.required and self.weights is None and self.activations is None:
             raise ValueError("weights and activations are both None: nothing would be quantized")
         self.layer_plan(self.weights, self.activations)
         if self.embeddings is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -46,6 +46,8 @@ class PostTrainingQuantization(QuantizationCallback):
     >>> trainer.validate(model, datamodule=dm)  # doctest: +SKIP
     """
 
+    rewrites_alone: ClassVar[bool] = False  # whether it does something when no format is given
+
     def __init__(
         self,
         weights: str | None = "int8",
@@ -57,7 +59,9 @@ class PostTrainingQuantization(QuantizationCallback):
         overrides: Mapping[str, str] | None = None,
         **common: Any,
     ) -> None:
-        formats = Formats(weights, activations, None, first_last, embeddings, dict(overrides or {}))
+        formats = Formats(
+            weights, activations, None, first_last, embeddings, dict(overrides or {}), required=not self.rewrites_alone
+        )
         super().__init__(formats, attention, **common)
         self.ranges = ranges
         self.rule = RangeRule.parse(ranges)

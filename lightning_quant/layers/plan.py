@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer
+from lightning_quant.layers.rotation import RotationPlan
 from lightning_quant.layers.routing import AttentionSite
 from lightning_quant.layers.swap import (
     create_bias,
@@ -79,6 +80,7 @@ class Plan:
         layers: formats by layer name.
         attention: formats by the name of the module that attends.
         created: names of the modules that were given a bias by the method.
+        rotations: what was rotated, and where that runs online.
         skipped: why a layer stays float, by layer name.
         calibration: on how many samples it was calibrated and where these came from, in words.
         step: what was done to float weights: ``"rewrite"``, ``"absorb"`` or ``"decide"``.
@@ -100,6 +102,7 @@ class Plan:
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     attention: dict[str, AttentionPlan] = field(default_factory=dict)
     created: list[str] = field(default_factory=list)
+    rotations: list[RotationPlan] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     calibration: str = ""
     step: str = "decide"
@@ -113,7 +116,8 @@ class Plan:
         """The plan out of nested dicts."""
         layers = {name: LayerPlan(**layer) for name, layer in stored["layers"].items()}
         attention = {name: AttentionPlan(**site) for name, site in stored["attention"].items()}
-        return cls(**{**stored, "layers": layers, "attention": attention})
+        rotations = [RotationPlan.from_dict(rotation) for rotation in stored.get("rotations", ())]
+        return cls(**{**stored, "layers": layers, "attention": attention, "rotations": rotations})
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that lacks a planned layer, before anything is changed.
@@ -122,7 +126,8 @@ class Plan:
             ValueError: naming the first layer that is not there or cannot be quantized.
         """
         modules = dict(model.named_modules())
-        for name in [*self.layers, *self.attention, *self.created]:
+        rotated = [name for rotation in self.rotations for name in rotation.names]
+        for name in [*self.layers, *self.attention, *self.created, *rotated]:
             if name not in modules:
                 raise ValueError(
                     f"the plan of {self.method} names a layer `{name}`, which {type(model).__name__} does not have"
@@ -142,6 +147,8 @@ class Plan:
 
     def apply(self, model: nn.Module) -> None:
         """Build the quantized structure, uncalibrated, on a float model."""
+        for rotation in self.rotations:
+            rotation.put_online(model)
         for name, layer in self.layers.items():
             pruned = None if layer.pruned is None else Pattern.parse(layer.pruned)
             module = model.get_submodule(name)
@@ -169,6 +176,8 @@ class Plan:
         for name, layer in self.layers.items():
             if name in modules:
                 release(modules[name], layer.slots)
+        for rotation in self.rotations:
+            rotation.take_offline(model)
 
     def forget_created(self, model: nn.Module) -> None:
         """Take the created biases away, because float weights that never knew them are to be loaded."""

@@ -2,16 +2,30 @@
 
 from lightning_quant.transforms.norm_fold import fold_linear, fold_modulation, fold_norm, fold_pair, unfolded_on_failure
 from lightning_quant.transforms.reparameterization import Reparameterization, per_tensor
+from lightning_quant.transforms.rotation import (
+    fold_affine,
+    head_rotations,
+    input_rotation,
+    residual_rotation,
+    rotate,
+    rotate_back,
+)
 from lightning_quant.transforms.smoothing import Smoothing, smoothing
 
 __all__ = [
     "Reparameterization",
     "Smoothing",
+    "fold_affine",
     "fold_linear",
     "fold_modulation",
     "fold_norm",
     "fold_pair",
+    "head_rotations",
+    "input_rotation",
     "per_tensor",
+    "residual_rotation",
+    "rotate",
+    "rotate_back",
     "smoothing",
     "unfolded_on_failure",
 ]

@@ -126,7 +126,7 @@ def unfolded_on_failure(modules: Sequence[nn.Module]) -> Iterator[None]:
         for module in modules
         for x in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     ]
-    without_bias = [module for module in modules if module.bias is None]
+    without_bias = [module for module in modules if getattr(module, "bias", module) is None]
     try:
         yield
     except BaseException:
