@@ -13,6 +13,7 @@ from lightning_quant.callbacks.mgrq import MGRQ
 from lightning_quant.callbacks.mixed_precision import MixedPrecision
 from lightning_quant.callbacks.mptq_vit import MPTQViT
 from lightning_quant.callbacks.noisyquant import NoisyQuant
+from lightning_quant.callbacks.osaq import OSAQ
 from lightning_quant.callbacks.pmq import PMQ
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.quant_report import QuantReport
@@ -29,6 +30,7 @@ __all__ = [
     "GPTQ",
     "HTQ",
     "MGRQ",
+    "OSAQ",
     "PMQ",
     "AdaQuant",
     "DopQViT",

@@ -17,6 +17,7 @@ from lightning_quant.solvers.noise import (
     mean_states,
     noise_states,
 )
+from lightning_quant.solvers.null_space import Absorption, absorb_outliers, null_space, row_reach
 from lightning_quant.solvers.reconstruction import PRESETS, Reconstruction
 from lightning_quant.solvers.rounding import (
     ROUNDINGS,
@@ -35,6 +36,7 @@ __all__ = [
     "PRODUCERS",
     "ROUNDINGS",
     "SEARCHES",
+    "Absorption",
     "Allocation",
     "Balance",
     "Binarizing",
@@ -56,6 +58,7 @@ __all__ = [
     "Solved",
     "TrainedWeight",
     "WeightRounding",
+    "absorb_outliers",
     "align_twin",
     "clip_states",
     "clipping_error",
@@ -69,10 +72,12 @@ __all__ = [
     "mean_states",
     "moment_distance",
     "noise_states",
+    "null_space",
     "output_distance",
     "output_error",
     "pareto",
     "product_error",
+    "row_reach",
     "sensitivities",
     "settle",
     "trade_off",

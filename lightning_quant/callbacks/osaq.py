@@ -1,0 +1,135 @@
+"""OSAQ: outliers absorbed in the null space of the inputs before weights are rounded (2026)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.calibration import Hessian
+from lightning_quant.callbacks.gptq import GPTQ, Rounded
+from lightning_quant.callbacks.solving import Notes
+from lightning_quant.quantizers import Quantizer
+from lightning_quant.solvers import Rounding, absorb_outliers, output_error, row_reach
+
+
+class OSAQ(GPTQ):
+    r"""Adds to each weight what its inputs hardly feel and what makes its largest entries small, then rounds it.
+
+    .. math::
+        W \leftarrow W + \beta \mathcal N, \qquad \beta_i = \arg\min_b \; \tfrac12 \sum_j s_{ij} (W_{ij} + b^\top n_j)^2
+        + \tfrac{\mu_1}{2 N} \|b\|^2 + \tfrac{\mu_2}{2} \Big( \sum_j b^\top n_j \Big)^2, \qquad
+        s_i = \text{softmax}(|W_i| / (\tau \max_j |W_{ij}|))
+
+    where the rows of :math:`\mathcal N`, with columns :math:`n_j`, are the eigenvectors of the layer's Hessian whose
+    smallest eigenvalues hold a share :math:`\gamma` of all. Groups of inputs with scales of their own have outliers of
+    their own. Nothing is left to do at inference, and no other layer is touched; but where the inputs vary in all
+    directions there is nothing to be won either, so ``solved`` and the log tell the share of such directions.
+
+    There is no published code; the regularizers and all constants are reconstructed.
+
+    Reference: *OSAQ: Outlier Self-Absorption for Accurate Low-bit LLM Quantization*, 2026.
+
+    Args:
+        weights: format of the weights.
+        activations: format of the layers' inputs, ``None`` for weight-only quantization.
+        solver: ``"gptq"``, or ``"nearest"``.
+        accept: which rows are rounded with the addition: those whose error against the original weight is then smaller
+            (``"error"``, which rounds twice), those whose largest weights are (``"max"``), or ``"always"`` all.
+        gamma: the share of the eigenvalues' sum that the directions may hold.
+        tau: how sharply the largest weights are told from the others, in parts of the largest one.
+        mu1: keeps the addition small.
+        mu2: keeps the sum of a row where it is.
+        arguments: see :class:`GPTQ`. With fewer than ``min_tokens`` calibration tokens for each input of a layer its
+            null space is an accident, which is refused.
+
+    Attributes:
+        solved: what was noted of each layer in this process, among it the share of directions (``null_space``), of rows
+            (``accepted``), and by how much the largest weights fell (``reach``).
+
+    Raises:
+        ValueError: for an unknown solver or ``accept``, for too few tokens, and where :class:`GPTQ` does.
+
+    >>> callback = OSAQ(weights="int2_g128", calibration_samples=128)
+    >>> trainer = L.Trainer(callbacks=[callback])  # doctest: +SKIP
+    >>> trainer.validate(model, datamodule=dm)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        weights: str = "int4_g128",
+        activations: str | None = None,
+        solver: Literal["gptq", "nearest"] = "gptq",
+        accept: Literal["error", "max", "always"] = "error",
+        gamma: float = 1e-3,
+        tau: float = 0.2,
+        mu1: float = 1.0,
+        mu2: float = 1e-3,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(weights, activations, **arguments)
+        if solver not in ("gptq", "nearest"):
+            raise ValueError(f"solver={solver!r} is neither 'gptq' nor 'nearest'")
+        if accept not in ("error", "max", "always"):
+            raise ValueError(f"accept={accept!r} is none of 'error', 'max' and 'always'")
+        if not 0 <= gamma < 1 or tau <= 0 or mu1 <= 0 or mu2 < 0:
+            raise ValueError(
+                f"gamma={gamma} must be at least 0 and below 1, tau={tau} and mu1={mu1} above 0, mu2={mu2} at least 0"
+            )
+        self.rounded_by, self.accept = solver, accept
+        self.absorbing: dict[str, Any] = {"gamma": gamma, "tau": tau, "mu1": mu1, "mu2": mu2}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What decides the result."""
+        return {**super().arguments, "solver": self.rounded_by, "accept": self.accept, **self.absorbing}
+
+    def solve(self, name: str, layer: nn.Module, statistics: Hessian) -> Notes:
+        """Round one weight, unless its null space would be an accident."""
+        if statistics.tokens < self.min_tokens * statistics.features:
+            raise ValueError(
+                f"{statistics.tokens} calibration tokens for {statistics.features} inputs: a null space of so few does "
+                f"not generalise; raise calibration_samples, or lower min_tokens={self.min_tokens:g}"
+            )
+        return super().solve(name, layer, statistics)
+
+    def round(self, weight: Tensor, hessian: Tensor, quantizer: Quantizer) -> Rounded:
+        """Round with the addition where it helps, and without it elsewhere."""
+        group = quantizer.scheme.group_size
+        edit = absorb_outliers(weight, hessian, **self.absorbing, group=group)
+        edited = weight + edit.edit
+        before, after = row_reach(weight, group), row_reach(edited, group)
+        if self.accept == "error":
+            plain, found = self._rounded(weight, hessian, quantizer), self._rounded(edited, hessian, quantizer)
+            errors, plain_errors = (output_error(weight, x.values, hessian) for x in (found, plain))
+            chosen = errors < plain_errors
+            if not found.state[0].dim():  # one scale for all rows
+                chosen = (errors.sum() < plain_errors.sum()).expand(len(weight))
+            found = _row_by_row(chosen, found, plain)
+        else:
+            chosen = after < before if self.accept == "max" else torch.ones_like(before, dtype=torch.bool)
+            found = self._rounded(torch.where(chosen[:, None], edited, weight), hessian, quantizer)
+        size = output_error(weight, torch.zeros_like(weight), hessian).sum()
+        notes = {
+            "null_space": len(edit.directions) / len(hessian),
+            "accepted": float(chosen.double().mean()),
+            "reach": float(after.mean() / before.mean()),
+            "perturbation": float(output_error(weight, edited, hessian).sum() / size),
+        }
+        return found._replace(notes=notes)
+
+    def _rounded(self, weight: Tensor, hessian: Tensor, quantizer: Quantizer) -> Rounded:
+        if self.rounded_by == "gptq":
+            return super().round(weight, hessian, quantizer)
+        rounding = Rounding(quantizer, self.rule)
+        return Rounded(rounding.nearest(weight), rounding.state, {})
+
+
+def _row_by_row(chosen: Tensor, these: Rounded, those: Rounded) -> Rounded:
+    def rows(a: Tensor, b: Tensor) -> Tensor:
+        flags = chosen.reshape(-1, *[1] * (a.dim() - 1)) if a.dim() else chosen[0]
+        return torch.where(flags, a, b)
+
+    state = [rows(a, b) for a, b in zip(these.state, those.state, strict=True)]
+    return Rounded(rows(these.values, those.values), state, {})
