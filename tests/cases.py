@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant import (
+    GPTQ,
     HTQ,
     MGRQ,
     PMQ,
@@ -48,6 +49,7 @@ class Case:
         model: the class of the LightningModule; it takes no arguments, and is the same each time it is built.
         stage: the verb of the Trainer in which the method does its work.
         learns: whether it takes gradient steps, so that two ranks agree with each other but not with one.
+        solves: whether it finds the codes of weights without steps, so that the float weights have no say any more.
     """
 
     method: type[QuantizationCallback]
@@ -55,6 +57,7 @@ class Case:
     model: type[L.LightningModule] = TinyTransformer
     stage: str = "validate"
     learns: bool = False
+    solves: bool = False
 
     def __call__(self, **more: Any) -> QuantizationCallback:
         return self.method(**{**self.arguments, **more})
@@ -109,6 +112,7 @@ CASES = {
     "pmq": Case(PMQ, {"budget": "7bit", "weight_bits": [6, 8], "share": 1.0}),
     "htq": Case(HTQ, {"weight_bits": [6, 8], "activation_bits": [6, 8]}),
     "sparse": Case(MagnitudePruning, {"pattern": 0.5}, NoDropout),
+    "gptq": Case(GPTQ, {"weights": "int4_g8", "activations": "int8"}, NoBias, solves=True),
     "qat": Case(QuantizationAwareTraining, {**INT4, "ranges": "minmax"}, NoDropout, "fit"),
 }
 # The first lines of the two methods that the others extend: mild, so that metrics stay close to float whatever a test

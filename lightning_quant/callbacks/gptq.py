@@ -141,7 +141,7 @@ class GPTQ(PostTrainingQuantization):
             layers,
             batches,
             run,
-            self.arguments,
+            {"method": type(self).__name__, **self.arguments},
             self.state_dir,
             self.device,
             self.min_tokens,

@@ -116,6 +116,7 @@ def solve_blocks(
             found |= notes
             advance(1)
     states.forget()
+    _warn_of_few(found, min_tokens)
     return found
 
 
@@ -142,17 +143,24 @@ def _solve_block(
                 f"the inputs of `{first}` are not finite (NaN or infinity) on the calibration data: check the data, or "
                 f"leave what makes them float with skip="
             )
-        if statistics.tokens < min_tokens * statistics.features:
-            rank_zero_warn(
-                f"`{first}` has {statistics.features} inputs and saw {statistics.tokens} tokens, fewer than "
-                f"{min_tokens:g} for each: raise calibration_samples, or lower min_tokens to accept that"
-            )
         for name in group:
             try:
-                found[name] = {"tokens": statistics.tokens, **method.solve(name, layers[name], statistics)}
+                seen = {"inputs": statistics.features, "tokens": statistics.tokens}
+                found[name] = {**seen, **method.solve(name, layers[name], statistics)}
             except ValueError as error:
                 raise ValueError(f"`{name}`: {error}") from error
     return found
+
+
+def _warn_of_few(found: Mapping[str, Notes], min_tokens: float) -> None:
+    few = [name for name, notes in found.items() if notes["tokens"] < min_tokens * notes["inputs"]]
+    if few:
+        first = found[few[0]]
+        rank_zero_warn(
+            f"`{few[0]}` has {first['inputs']:g} inputs and saw {first['tokens']:g} tokens, fewer than {min_tokens:g} "
+            f"for each, and so have {len(few) - 1} other layers: raise calibration_samples, or lower min_tokens to "
+            f"accept that"
+        )
 
 
 def _add(statistics: Hessian, name: str, rows: Tensor, weights: Tensor | None) -> None:
