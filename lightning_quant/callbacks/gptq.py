@@ -16,8 +16,8 @@ from lightning_quant.callbacks.solving import Notes, blocks_of, solve_blocks
 from lightning_quant.graph import ModelGraph, matches
 from lightning_quant.layers import Plan, QuantizedLayer, weight_rows
 from lightning_quant.modules.block_sequence import Block
-from lightning_quant.quantizers import Quantizer, Scheme
-from lightning_quant.solvers import ColumnSolver, Rounding, output_error, settle
+from lightning_quant.quantizers import Scheme
+from lightning_quant.solvers import ColumnSolver, Masking, Rounding, output_error, settle
 
 
 class GPTQ(PostTrainingQuantization):
@@ -164,11 +164,14 @@ class GPTQ(PostTrainingQuantization):
         assert isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None
         rows = layer.weight_rows().detach()
         weight, hessians = rows.flatten(1).double(), statistics.matrix()
-        if hessians.dim() == 2:
-            hessians = hessians.unsqueeze(0)  # a convolution has one for each group of channels
+        hessians = hessians.unsqueeze(0) if hessians.dim() == 2 else hessians  # convolutions: one for each group
+        mask = layer.masks().get("weight")
+        keep = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.keep.reshape(weight.shape)
         parts = [
-            self.round(part, hessian, layer.weight_quantizer)
-            for part, hessian in zip(weight.chunk(len(hessians)), hessians, strict=True)
+            self.round(part, hessian, Rounding(layer.weight_quantizer, self.rule, self.static_groups), kept, statistics)
+            for part, hessian, kept in zip(
+                weight.chunk(len(hessians)), hessians, keep.chunk(len(hessians)), strict=True
+            )
         ]
         values = torch.cat([part.values for part in parts])
         state = [
@@ -178,10 +181,22 @@ class GPTQ(PostTrainingQuantization):
         error, size = (_error(weight, other, hessians) for other in (values, torch.zeros_like(values)))
         return {"error": error / size if size else 0.0, **parts[0].notes}
 
-    def round(self, weight: Tensor, hessian: Tensor, quantizer: Quantizer) -> Rounded:
-        """Find the values of a weight, (out, in), and their scales."""
-        rounding = Rounding(quantizer, self.rule, self.static_groups)
-        return Rounded(self.solver.solve(weight, hessian, rounding).values, rounding.state, {})
+    def round(self, weight: Tensor, hessian: Tensor, rounding: Rounding, keep: Tensor, statistics: Hessian) -> Rounded:
+        """Find the values of a weight, and their scales.
+
+        Args:
+            weight: (out, in).
+            hessian: (in, in), not damped.
+            rounding: rounds to its format.
+            keep: false where another method has set a weight to 0, which it stays: (out, in).
+            statistics: what the Hessian is of.
+        """
+        return self.solve_columns(weight, hessian, rounding, keep)
+
+    def solve_columns(self, weight: Tensor, hessian: Tensor, rounding: Rounding, keep: Tensor) -> Rounded:
+        """Column by column."""
+        fix = rounding if bool(keep.all()) else Masking(mask=keep, then=rounding)
+        return Rounded(self.solver.solve(weight, hessian, fix).values, rounding.state, {})
 
 
 class Rounded(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lightning_quant.calibration import Hessian
 from lightning_quant.callbacks.gptq import GPTQ, Rounded
 from lightning_quant.callbacks.solving import Notes
-from lightning_quant.quantizers import Quantizer
 from lightning_quant.solvers import Rounding, absorb_outliers, output_error, row_reach
 
 
@@ -56,6 +55,8 @@ class OSAQ(GPTQ):
     >>> trainer.validate(model, datamodule=dm)  # doctest: +SKIP
     """
 
+    step: ClassVar[str] = "absorb"
+
     def __init__(
         self,
         weights: str = "int4_g128",
@@ -94,35 +95,34 @@ class OSAQ(GPTQ):
             )
         return super().solve(name, layer, statistics)
 
-    def round(self, weight: Tensor, hessian: Tensor, quantizer: Quantizer) -> Rounded:
+    def round(self, weight: Tensor, hessian: Tensor, rounding: Rounding, keep: Tensor, statistics: Hessian) -> Rounded:
         """Round with the addition where it helps, and without it elsewhere."""
-        group = quantizer.scheme.group_size
+        group = rounding.scheme.group_size
         edit = absorb_outliers(weight, hessian, **self.absorbing, group=group)
         edited = weight + edit.edit
         before, after = row_reach(weight, group), row_reach(edited, group)
         if self.accept == "error":
-            plain, found = self._rounded(weight, hessian, quantizer), self._rounded(edited, hessian, quantizer)
-            errors, plain_errors = (output_error(weight, x.values, hessian) for x in (found, plain))
+            plain, found = (self._rounded(start, hessian, rounding, keep) for start in (weight, edited))
+            plain_errors, errors = (output_error(weight, x.values, hessian) for x in (plain, found))
             chosen = errors < plain_errors
             if not found.state[0].dim():  # one scale for all rows
                 chosen = (errors.sum() < plain_errors.sum()).expand(len(weight))
             found = _row_by_row(chosen, found, plain)
         else:
             chosen = after < before if self.accept == "max" else torch.ones_like(before, dtype=torch.bool)
-            found = self._rounded(torch.where(chosen[:, None], edited, weight), hessian, quantizer)
-        size = output_error(weight, torch.zeros_like(weight), hessian).sum()
+            found = self._rounded(torch.where(chosen[:, None], edited, weight), hessian, rounding, keep)
+        size = float(output_error(weight, torch.zeros_like(weight), hessian).sum()) or 1.0
         notes = {
             "null_space": len(edit.directions) / len(hessian),
             "accepted": float(chosen.double().mean()),
             "reach": float(after.mean() / before.mean()),
-            "perturbation": float(output_error(weight, edited, hessian).sum() / size),
+            "perturbation": float(output_error(weight, edited, hessian).sum()) / size,
         }
         return found._replace(notes=notes)
 
-    def _rounded(self, weight: Tensor, hessian: Tensor, quantizer: Quantizer) -> Rounded:
+    def _rounded(self, weight: Tensor, hessian: Tensor, rounding: Rounding, keep: Tensor) -> Rounded:
         if self.rounded_by == "gptq":
-            return super().round(weight, hessian, quantizer)
-        rounding = Rounding(quantizer, self.rule)
+            return self.solve_columns(weight, hessian, rounding, keep)
         return Rounded(rounding.nearest(weight), rounding.state, {})
 
 

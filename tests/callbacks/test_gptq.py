@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_quant import GPTQ, PostTrainingQuantization
+from lightning_quant import GPTQ, MagnitudePruning, PostTrainingQuantization
 from lightning_quant.calibration import Hessian, input_rows, record
 from lightning_quant.layers import QuantizedLayer, as_float
 from lightning_quant.solvers import output_error
@@ -101,6 +101,18 @@ def test_groups_and_act_order_and_the_size_of_blocks():
         assert all(map(torch.equal, plain, found(block_size=size)))
     for arguments in ({"act_order": True}, {"static_groups": True}):
         assert not all(map(torch.equal, plain, found(**arguments)))
+
+
+def test_what_is_pruned_already_stays_zero():
+    """And the kept weights make good what the pruned ones did, as well as the rounding."""
+    pruned, solved = MagnitudePruning("2:4"), GPTQ(**W3)
+    model = TinyTransformer().eval()
+    trainer(pruned, solved).validate(model, datamodule=Sequences(shuffle=False), verbose=False)
+    for name in codes(model):
+        layer = model.get_submodule(name)
+        zeros = ~layer.weight_mask.keep
+        assert zeros.float().mean() == 0.5 and not layer.quantized()[zeros].any()
+        assert (layer.quantized() != 0).float().mean() > 0.3
 
 
 # ---------------------------------------------------------------- killed runs
