@@ -28,6 +28,7 @@ from lightning_quant.callbacks import (
     RepQViT,
     RotatedPTQ,
     SparseGPT,
+    SparsityInduction,
     UniformAttention,
     Wanda,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "RotatedPTQ",
     "Scheme",
     "SparseGPT",
+    "SparsityInduction",
     "TokenWindows",
     "TopOneAgreement",
     "UniformAttention",

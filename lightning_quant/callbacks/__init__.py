@@ -23,6 +23,7 @@ from lightning_quant.callbacks.repq_vit import RepQViT
 from lightning_quant.callbacks.repquant import RepQuant
 from lightning_quant.callbacks.rotated_ptq import RotatedPTQ
 from lightning_quant.callbacks.sparsegpt import SparseGPT
+from lightning_quant.callbacks.sparsity_induction import SparsityInduction
 from lightning_quant.callbacks.uniform_attention import UniformAttention
 from lightning_quant.callbacks.wanda import Wanda
 
@@ -50,6 +51,7 @@ __all__ = [
     "RepQuant",
     "RotatedPTQ",
     "SparseGPT",
+    "SparsityInduction",
     "UniformAttention",
     "Wanda",
 ]

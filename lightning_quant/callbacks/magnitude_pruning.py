@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_quant.calibration import Hessian
 from lightning_quant.callbacks.pruning import PruningCallback, finite_rows
+from lightning_quant.callbacks.solving import Notes
 from lightning_quant.graph import ModelGraph
-from lightning_quant.layers import Plan
+from lightning_quant.layers import Plan, QuantizedLayer
 from lightning_quant.quantizers import Pattern
 from lightning_quant.solvers import Compared, keep_best
 
@@ -60,10 +62,30 @@ class MagnitudePruning(PruningCallback):
     def calibrate_plan(
         self, model: nn.Module, plan: Plan, graph: ModelGraph, batches: Iterable[Any], run: Callable[[Any], Any]
     ) -> None:
-        """Look at the weights."""
+        """Look at the weights, layer after layer."""
         self.give_back_unreached(model, plan, set(graph.order))
+        self.patterns = {name: Pattern.parse(planned.pruned or "") for name, planned in plan.layers.items()}
         for name, layer in plan.quantized_layers(model).items():
-            pattern = Pattern.parse(plan.layers[name].pruned or "")
-            for weight in layer.masks():
-                scores = finite_rows(layer, weight, name).abs()
-                layer.prune(keep_best(scores, pattern, self.compared).view_as(layer.float_rows(weight)), name=weight)
+            self.solve(name, layer)
+
+    def scores(self, weight: Tensor, squares: Tensor) -> Tensor:
+        """What decides which weights are kept: their size."""
+        return weight.abs()
+
+    def solve(
+        self, name: str, layer: nn.Module, statistics: Hessian | None = None, importance: Tensor | float = 1.0
+    ) -> Notes:
+        """Prune one layer.
+
+        Args:
+            name: of the layer.
+            layer: what is pruned.
+            statistics: not looked at.
+            importance: what the scores are multiplied with, (out, inputs) or less.
+        """
+        assert isinstance(layer, QuantizedLayer)
+        for weight in layer.masks():
+            scores = finite_rows(layer, weight, name).abs() * importance
+            keep = keep_best(scores, self.patterns[name], self.compared)
+            layer.prune(keep.view_as(layer.float_rows(weight)), name=weight)
+        return {}

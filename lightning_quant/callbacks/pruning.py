@@ -42,6 +42,7 @@ class PruningCallback(QuantizationCallback):
         if self.reconstruct is not None:
             raise ValueError(f"{type(self).__name__} does not round weights: reconstruct= has nothing to learn")
         self.pattern = str(Pattern.parse(pattern))
+        self.patterns: dict[str, Pattern] = {}  # of the layers that are being pruned
         self.overrides = {key: str(Pattern.parse(text)) for key, text in (overrides or {}).items()}
 
     # ---------------------------------------------------------------- what a method says
@@ -111,7 +112,6 @@ class SolvedPruning(PruningCallback):
         super().__init__(pattern, overrides, calibration_samples=calibration_samples, **common)
         self.blocks = [blocks] if isinstance(blocks, str) else None if blocks is None else list(blocks)
         self.min_tokens, self.state_dir, self.device = min_tokens, state_dir, device
-        self.patterns: dict[str, Pattern] = {}
         self.solved: dict[str, Notes] = {}
 
     @property
@@ -183,6 +183,12 @@ def finite_rows(layer: QuantizedLayer, weight: str, name: str) -> Tensor:
     if not bool(rows.isfinite().all()):
         raise ValueError(f"`{name}.{weight}` holds NaN or infinity; leave the layer dense with skip=[{name!r}]")
     return rows
+
+
+def row_squares(statistics: Hessian, rows: int) -> Tensor:
+    """How large the inputs of each row are: (inputs,), or (rows, inputs) where groups of rows read different ones."""
+    squares = statistics.diagonal()
+    return squares if squares.dim() == 1 else squares.repeat_interleave(rows // len(squares), 0)
 
 
 def _require_whole_groups(model: nn.Module, plan: Plan) -> None:

@@ -12,7 +12,7 @@ from lightning_quant.callbacks.pruning import SolvedPruning, finite_rows
 from lightning_quant.callbacks.solving import Notes
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import Pattern
-from lightning_quant.solvers import ColumnSolver, Masking, OnGrid, output_error
+from lightning_quant.solvers import ColumnSolver, Compared, Masking, OnGrid, output_error, wanda_scores
 
 
 class SparseGPT(SolvedPruning):
@@ -48,6 +48,8 @@ class SparseGPT(SolvedPruning):
     >>> trainer.validate(model, datamodule=dm)  # doctest: +SKIP
     """
 
+    compared: Compared = "layer"  # all rows of some columns compete
+
     def __init__(self, pattern: float | str = 0.5, damp: float = 0.01, mask_block: int = 128, **common: Any) -> None:
         super().__init__(pattern, **common)
         if mask_block < 1:
@@ -62,6 +64,10 @@ class SparseGPT(SolvedPruning):
     def statistics(self, name: str, layer: nn.Module) -> Hessian:
         """The Hessian."""
         return Hessian.of(layer)
+
+    def scores(self, weight: Tensor, squares: Tensor) -> Tensor:
+        """What decides which weights are kept, as far as the inputs are independent."""
+        return wanda_scores(weight, squares)
 
     def solve(self, name: str, layer: nn.Module, statistics: Hessian, importance: Tensor | float = 1.0) -> Notes:
         """Prune one layer.

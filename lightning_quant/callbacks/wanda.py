@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_quant.calibration import Hessian
-from lightning_quant.callbacks.pruning import SolvedPruning, finite_rows
+from lightning_quant.callbacks.pruning import SolvedPruning, finite_rows, row_squares
 from lightning_quant.callbacks.solving import Notes
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.solvers import Compared, keep_best, wanda_scores
@@ -52,6 +52,10 @@ class Wanda(SolvedPruning):
         """What decides the result."""
         return {**super().arguments, "compared": self.compared}
 
+    def scores(self, weight: Tensor, squares: Tensor) -> Tensor:
+        """What decides which weights are kept: their size, and that of their input."""
+        return wanda_scores(weight, squares)
+
     def solve(self, name: str, layer: nn.Module, statistics: Hessian, importance: Tensor | float = 1.0) -> Notes:
         """Prune one layer.
 
@@ -62,10 +66,8 @@ class Wanda(SolvedPruning):
             importance: what the scores are multiplied with, (out, inputs) or less.
         """
         assert isinstance(layer, QuantizedLayer)
-        rows, squares = finite_rows(layer, "weight", name), statistics.diagonal()
-        if squares.dim() > 1:  # a convolution has them for each group of channels
-            squares = squares.repeat_interleave(len(rows) // len(squares), 0)
-        scores = wanda_scores(rows, squares)
+        rows = finite_rows(layer, "weight", name)
+        scores = self.scores(rows, row_squares(statistics, len(rows)))
         keep = keep_best(scores * importance, self.patterns[name], self.compared)
         layer.prune(keep.view_as(layer.float_rows()))
         power = scores.double().square()

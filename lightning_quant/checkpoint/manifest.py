@@ -194,7 +194,7 @@ def _refuse_other_tensors(model: nn.Module, plans: dict[str, Plan], state_dict: 
         ]
         planned = tuple(f"{prefix}{name}." for name in names)
         # these are there only if a solver found them
-        solved = ("_quantizer.codes", "_mask.offset", "_mask.before")
+        solved = ("_quantizer.codes", "_mask.offset", "_mask.correction", "_mask.before")
         keys = [key for key in own if key.startswith(planned) and not key.endswith(solved)]
         lacking = [key for key in keys if key not in state_dict]
         if lacking:

@@ -40,7 +40,7 @@ class Int8Linear(Kernel):
         self.lowest_code = -(2 ** (weights.scheme.bits - 1))
         self.weight_shape = tuple(codes.shape)
         self.stride = cast(tuple[int, ...], getattr(layer, "stride", ()))
-        bias = cast(Tensor | None, getattr(layer, "bias", None))
+        bias = layer.full_bias()
         bias = None if bias is None else bias.detach().float()
         codes = codes.flatten(1)  # (out, in)
         if scheme.dynamic:  # what depends on the batch is applied behind the product, and the bias behind that

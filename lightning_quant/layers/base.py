@@ -7,7 +7,7 @@ flag stay, only the class changes and quantizers are added as children. So an op
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,13 @@ class QuantizedLayer(nn.Module):
         """The quantizers of the inputs, by their own name."""
         found = {name: getattr(self, name) for name in self.input_quantizers}
         return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+
+    def full_bias(self) -> Tensor | None:
+        """The bias as the layer computes with it, with what makes good for its pruned weights."""
+        bias, mask = cast(Tensor | None, self.bias), self.masks().get("weight")
+        if mask is None or mask.correction is None or mask.observer is not None:
+            return bias
+        return mask.correction if bias is None else bias + mask.correction
 
     def quantized(self, name: str = "weight") -> Tensor:
         """The weight as the layer computes with it, stored as the Parameter is."""

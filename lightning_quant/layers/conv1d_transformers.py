@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -18,4 +20,5 @@ class QuantConv1D(QuantizedLayer, Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
         x = through(self.input_quantizer, x)
-        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.quantized()).view(*x.shape[:-1], self.nf)
+        bias = cast(Tensor, self.full_bias())
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), self.quantized()).view(*x.shape[:-1], self.nf)

@@ -16,7 +16,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
-        return F.linear(through(self.input_quantizer, input), self.quantized(), self.bias)
+        return F.linear(through(self.input_quantizer, input), self.quantized(), self.full_bias())
 
 
 class QuantOutProjection(QuantLinear, NonDynamicallyQuantizableLinear):

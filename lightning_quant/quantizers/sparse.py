@@ -88,6 +88,7 @@ class Mask(nn.Module):
     Attributes:
         keep: Which weights are kept, bool (out, ...).
         offset: What a solver added to them, or ``None``.
+        correction: What is added to the bias of the layer behind, or ``None``.
         before: The codes that a quantizer behind the mask had before they were pruned, or ``None``.
         observer: While set, ``forward(x)`` returns ``observer(x)``.
 
@@ -102,6 +103,7 @@ class Mask(nn.Module):
 
     keep: Tensor
     offset: Tensor | None
+    correction: Tensor | None
     before: Tensor | None
 
     def __init__(self, pattern: Pattern | str | float) -> None:
@@ -110,6 +112,7 @@ class Mask(nn.Module):
         self.observer: Callable[[Tensor], Tensor] | None = None
         self.register_buffer("keep", torch.empty(0, dtype=torch.bool))
         self.register_buffer("offset", None)
+        self.register_buffer("correction", None)
         self.register_buffer("before", None)
 
     @property
@@ -143,7 +146,7 @@ class Mask(nn.Module):
         """The stored shapes say what is known; a float checkpoint knows nothing, and lacks nothing."""
         keep = state_dict.get(f"{prefix}keep")
         self.keep = torch.empty(() if keep is None else keep.shape, dtype=torch.bool, device=self.keep.device)
-        for name in ("offset", "before"):
+        for name in ("offset", "correction", "before"):
             stored = state_dict.get(f"{prefix}{name}")
             setattr(self, name, None if stored is None else torch.empty_like(stored, device=self.keep.device))
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)

@@ -9,6 +9,7 @@ from lightning_quant.solvers.budgets import Budget
 from lightning_quant.solvers.clipping import clipping_error, learn_clips
 from lightning_quant.solvers.columns import ColumnSolver, Solved, inverse_factor, output_error
 from lightning_quant.solvers.fixes import Binarizing, Fix, Masking, OnGrid, Rounding, settle
+from lightning_quant.solvers.induction import InducedMask, skewness_init
 from lightning_quant.solvers.masks import Compared, keep_best, wanda_scores
 from lightning_quant.solvers.noise import (
     OutputError,
@@ -47,6 +48,7 @@ __all__ = [
     "FittedLevels",
     "Fix",
     "FreeRounding",
+    "InducedMask",
     "JointRounding",
     "Masking",
     "OnGrid",
@@ -80,6 +82,7 @@ __all__ = [
     "row_reach",
     "sensitivities",
     "settle",
+    "skewness_init",
     "trade_off",
     "wanda_scores",
 ]
