@@ -132,10 +132,12 @@ def _pack_layer(model: nn.Module, name: str, layer: QuantizedLayer, state: dict[
                 f"`{key}` is recomputed in every forward, by a pruning mask or a weight norm: "
                 f"make it permanent before saving its codes, as torch.nn.utils.prune.remove does"
             )
-        del state[key]
+        stored = state.pop(key)
         if quantizer is None:
             assert mask is not None
-            state[f"{key}.kept"] = rows[mask.keep]
+            stored = stored.t() if layer.transposed else stored  # by name: its float weight may have been dropped
+            offset = 0 if mask.offset is None else mask.offset
+            state[f"{key}.kept"] = (stored + offset).to(stored.dtype)[mask.keep]
             continue
         try:
             codes = quantizer.encode(rows)

@@ -36,16 +36,18 @@ class DecodedWeights(Kernel):
 
     @classmethod
     def of(cls, layer: QuantizedLayer, packed: bool = False) -> DecodedWeights:
-        """Decode the layer's weights, or pack their codes."""
-        kernel = cls()
-        for name, quantizer in layer.weight_quantizers().items():
+        """Decode the layer's weights, or pack their codes; of one that is only pruned, what is kept."""
+        kernel, quantizers = cls(), layer.weight_quantizers()
+        for name in {**quantizers, **layer.masks()}:
             rows = layer.weight_rows(name).detach()
             kernel.shapes[name] = rows.shape
-            if packed:
-                codes = pack(quantizer.encode(rows), quantizer.scheme.bits).to(rows.device)
+            if not packed:
+                kernel.decoded[name] = layer.quantized(name).detach()
+            elif name in quantizers:
+                codes = pack(quantizers[name].encode(rows), quantizers[name].scheme.bits).to(rows.device)
                 kernel.register_buffer(f"packed_{name}", codes, persistent=False)
             else:
-                kernel.decoded[name] = layer.quantized(name).detach()
+                kernel.register_buffer(f"kept_{name}", rows[layer.masks()[name].keep], persistent=False)
         return kernel
 
     def run(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Any:
@@ -54,8 +56,14 @@ class DecodedWeights(Kernel):
         return layer.simulate(*args, **kwargs)
 
     def weight(self, layer: QuantizedLayer, name: str) -> Tensor:
-        """A weight on its grid, as the layer stores it."""
-        return self.decoded[name] if name in self.decoded else super().weight(layer, name)
+        """A weight on its grid, or without what is pruned, as the layer stores it."""
+        if name in self.decoded:
+            return self.decoded[name]
+        kept = self._buffers.get(f"kept_{name}")
+        if kept is None:
+            return super().weight(layer, name)
+        rows = kept.new_zeros(self.shapes[name]).masked_scatter_(layer.masks()[name].keep, kept)
+        return rows.t() if layer.transposed else rows
 
     def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
         """The codes of a weight."""

@@ -65,8 +65,11 @@ class KernelLayer(QuantizedLayer):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kept:
-            for name, quantizer in self.weight_quantizers().items():
+            quantizers = self.weight_quantizers()
+            for name, quantizer in quantizers.items():
                 destination[f"{prefix}{name}.codes"] = pack(self.kernel.codes(self, name), quantizer.scheme.bits)
+            for name in self.masks().keys() - quantizers.keys():
+                destination[f"{prefix}{name}"] = self.kernel.weight(self, name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as the simulated layer; one without float weights as itself."""
@@ -104,10 +107,12 @@ def run_on(layer: QuantizedLayer, kernel: Kernel, keep: bool = False) -> None:
         layer.__dict__["kernel"] = kernel  # no child of the layer: names and state dict stay as they are
         return
     layer.add_module("kernel", kernel)
-    for name, quantizer in layer.weight_quantizers().items():
-        quantizer.codes = None  # the kernel has them
-        if name in layer.masks():
-            layer.masks()[name].offset = None  # the codes know it
+    quantizers, masks = layer.weight_quantizers(), layer.masks()
+    for name in {**quantizers, **masks}:
+        if name in quantizers:
+            quantizers[name].codes = None  # the kernel has them
+        if name in masks:
+            masks[name].offset = None  # it has that, too
         weight = layer._parameters.pop(name)
         assert weight is not None
         nothing = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)

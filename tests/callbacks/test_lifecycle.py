@@ -156,7 +156,7 @@ def test_finite_in_bfloat16(case):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
     state = [getattr(quantizer, name) for quantizer in quantizers for name in quantizer.state_names]
-    assert {tensor.dtype for tensor in state} == {torch.float32} and all(tensor.isfinite().all() for tensor in state)
+    assert {tensor.dtype for tensor in state} <= {torch.float32} and all(tensor.isfinite().all() for tensor in state)
 
 
 def test_the_mixin_brings_its_callback_along(case):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_quant import CalibrationMixin, PostTrainingQuantization
-from lightning_quant.quantizers import Quantizer
+from lightning_quant.quantizers import Mask, Quantizer
 from tests.cases import ptq, repq
 from tests.models import Sequences, TinyTransformer, trainer
 
@@ -33,7 +33,9 @@ class SavesState(L.Callback):
 
     def on_validation_epoch_start(self, trainer, pl_module):
         modules = pl_module.named_modules()
-        scales = {name: dict(module.named_buffers()) for name, module in modules if isinstance(module, Quantizer)}
+        scales = {
+            name: dict(module.named_buffers()) for name, module in modules if isinstance(module, (Mask, Quantizer))
+        }
         weights = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
         path = self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt"
         if not path.exists():  # after a training step the ranks' weights are no longer those of one rank
