@@ -171,9 +171,8 @@ def _calibrated_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     if not layers:
         raise RuntimeError(f"KernelSwap found no quantized layer in this {type(model).__name__}: {how}")
     for plan in plans:
-        for name, quantizer in plan.quantizers(model).items():
-            if not quantizer.calibrated:
-                raise RuntimeError(f"KernelSwap found `{name}` without a scale: {how}")
+        for name in plan.lacking(model):
+            raise RuntimeError(f"KernelSwap found `{name}` without a scale: {how}")
     return layers
 
 

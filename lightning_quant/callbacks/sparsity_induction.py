@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calibration import Hessian, input_rows, merge_across_ranks, sum_across_ranks
 from lightning_quant.callbacks.magnitude_pruning import MagnitudePruning
-from lightning_quant.callbacks.pruning import SolvedPruning, row_squares
+from lightning_quant.callbacks.pruning import SolvedPruning, finite_rows, row_squares
 from lightning_quant.callbacks.solving import Notes
 from lightning_quant.callbacks.sparsegpt import SparseGPT
 from lightning_quant.callbacks.wanda import Wanda
@@ -163,7 +163,7 @@ class SparsityInduction(SolvedPruning):
         return notes
 
     def _mask(self, name: str, layer: QuantizedLayer, moments: Moments) -> InducedMask:
-        rows = layer.rounded_rows().detach().flatten(1)
+        rows = finite_rows(layer, "weight", name)
         squares, mean = moments.diagonal() / 2, moments.mean()
         linear = layer.weight_rows().dim() == 2
         return InducedMask(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -76,24 +76,28 @@ def _masked(layers: Mapping[str, QuantizedLayer], masks: Mapping[str, InducedMas
     """Let layers compute with masks that have a gradient."""
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(setattr, layer.masks()["weight"], "observer", None)
-            layer.masks()["weight"].observer = _by(masks[name])
-            stack.callback(layer.register_forward_hook(_corrected_by(masks[name])).remove)
+            last = layer.weight_quantizer or layer.masks()["weight"]  # what gives the layer its weight
+            stack.callback(setattr, last, "observer", last.observer)
+            learned = _Learned(masks[name])
+            last.observer = learned.weight
+            stack.callback(layer.register_forward_hook(learned.corrected).remove)
         yield
 
 
-def _by(mask: InducedMask) -> Callable[[Tensor], Tensor]:
-    return lambda rows: rows.detach() * mask().view_as(rows).to(rows.dtype)
+class _Learned:
+    """The pruned weight in a forward, and what is added behind it."""
 
+    def __init__(self, mask: InducedMask) -> None:
+        self.mask = mask
+        self.pruned = mask.weight
 
-def _corrected_by(mask: InducedMask) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if mask.shift is None:
-            return output
-        correction = mask.correction((mask.weight * mask()).to(mask.weight))
+    def weight(self, rows: Tensor) -> Tensor:
+        self.pruned = self.mask.weight * self.mask()
+        return self.pruned.view_as(rows).to(rows.dtype)
+
+    def corrected(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+        correction = self.mask.correction(self.pruned)
         return output if correction is None else output + correction.to(output.dtype)
-
-    return hook
 
 
 def _floats(output: Any) -> list[Tensor]:
