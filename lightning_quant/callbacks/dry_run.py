@@ -66,7 +66,9 @@ class DryRun:
     def table(self) -> Table:
         """A rich table: one line a layer, what would be quantized first."""
         names = Column("layer", no_wrap=True)  # in full: they are what skip= and overrides= ask for
-        table = Table(names, "kind", "weights", "inputs", "size", "MACs", title=f"{self.plan.method} would quantize")
+        pruned = any(layer.pruned is not None for layer in self.plan.layers.values())
+        verb, share = ("prune", "in pruned layers") if pruned else ("quantize", "quantized")
+        table = Table(names, "kind", "weights", "inputs", "size", "MACs", title=f"{self.plan.method} would {verb}")
         for layer in sorted(self.layers, key=lambda layer: layer.why_float is not None):
             formats = (layer.weights or "float", layer.inputs or "float") if layer.why_float is None else ("float", "")
             size = (
@@ -78,7 +80,7 @@ class DryRun:
                 table.add_row(name, "attention", "", f"{site.query}, probabilities {site.probabilities}", "", "")
         table.caption = (
             f"{_bytes(self.model_bytes)} -> {_bytes(self.quantized_bytes)}; "
-            f"{100 * self.quantized_macs:.1f} % of the layers' multiplications quantized"
+            f"{100 * self.quantized_macs:.1f} % of the layers' multiplications {share}"
         )
         return table
 

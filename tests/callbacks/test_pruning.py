@@ -19,6 +19,7 @@ from lightning_quant.calibration import Hessian, input_rows
 from lightning_quant.layers import Plan, QuantizedLayer, as_float, quantize_layer
 from lightning_quant.quantizers import Pattern
 from lightning_quant.solvers import output_error
+from tests.callbacks.test_ranks import assert_equal, states_after
 from tests.models import NoDropout, Sequences, trainer, validate
 
 QUICK = {"calibration_samples": 32}
@@ -107,12 +108,12 @@ def test_rows_that_have_no_room_for_a_pattern_are_refused_before_anything_change
     assert not layers(model)
 
 
-def test_weights_that_are_not_finite_are_named(method):
+def test_weights_that_are_not_finite_are_named(method, tmp_path):
     model = NoDropout()
     with torch.no_grad():
         model.blocks[1].fc1.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"`blocks.1.fc1.weight` holds NaN"):
-        validate(model, method())
+        validate(model, method(), default_root_dir=tmp_path)  # where a later run would go on
     assert not layers(model)
 
 
@@ -252,3 +253,21 @@ def test_it_is_told_apart_from_quantization_when_a_layer_is_pruned_twice():
     with pytest.raises(ValueError, match=r"`blocks.0.qkv` is pruned already"):
         validate(model, Wanda(**QUICK))
     validate(model, PostTrainingQuantization("int8", None))
+
+
+@pytest.mark.parametrize("kind", [Wanda, SparseGPT])
+def test_two_ranks_prune_as_one_does(kind, tmp_path):
+    one, *two = states_after(lambda: [kind(0.5, calibration_samples=64)], tmp_path, model=NoDropout)
+    for states, dense in two:
+        assert all(torch.equal(value, one[1][name]) for name, value in dense.items())
+        for name, state in one[0].items():
+            assert torch.equal(state["keep"], states[name]["keep"]), name
+            if "offset" in state:
+                torch.testing.assert_close(states[name]["offset"], state["offset"])
+
+
+def test_two_ranks_learn_the_same_factors(tmp_path):
+    _, first, second = states_after(
+        lambda: [SparsityInduction(0.5, host="magnitude", epochs=1, calibration_samples=64)], tmp_path, model=NoDropout
+    )
+    assert_equal(first[0], second[0])
