@@ -7,6 +7,7 @@ from lightning_quant.calibration.batches import CalibrationBatches, draw_trainin
 from lightning_quant.calibration.cache import SampleCache
 from lightning_quant.calibration.feed import check_feedable, feed, feeder_name
 from lightning_quant.calibration.hessians import Hessian, input_rows
+from lightning_quant.calibration.moments import Moments
 from lightning_quant.calibration.observing import fitted_in_stream, observed, reached
 from lightning_quant.calibration.ranks import from_other_ranks, merge_across_ranks, sum_across_ranks
 from lightning_quant.calibration.recording import Call, Signature, hooked_outputs, record, same_constants, signature
@@ -18,6 +19,7 @@ __all__ = [
     "CalibrationBatches",
     "Call",
     "Hessian",
+    "Moments",
     "SampleCache",
     "Signature",
     "TokenWindows",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.calibration import Hessian, input_rows, merge_across_ranks, sum_across_ranks
+from lightning_quant.calibration import Hessian, Moments, input_rows
 from lightning_quant.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_quant.callbacks.pruning import SolvedPruning, finite_rows, row_squares
 from lightning_quant.callbacks.solving import Notes
@@ -129,10 +129,8 @@ class SparsityInduction(SolvedPruning):
     # ---------------------------------------------------------------- as solve_blocks asks for it
 
     def statistics(self, name: str, layer: nn.Module) -> Hessian:
-        """What the host method wants to know."""
-        if isinstance(self.method, SolvedPruning):
-            return self.method.statistics(name, layer)
-        return super().statistics(name, layer)
+        """What the host method wants to know, and the mean of the inputs."""
+        return Moments.of(layer, diagonal=not isinstance(self.method, SparseGPT))
 
     def token_weights(self, block: Block) -> Sequence[Tensor] | None:
         """All tokens count alike. Before the block's turn comes, its factors are learned."""
@@ -154,8 +152,10 @@ class SparsityInduction(SolvedPruning):
 
     def solve(self, name: str, layer: nn.Module, statistics: Hessian) -> Notes:
         """Prune one layer as the host does, by the learned factors, and correct its bias."""
-        assert isinstance(layer, QuantizedLayer)
+        assert isinstance(layer, QuantizedLayer) and isinstance(statistics, Moments)
         mask, self.method.patterns = self._induced.pop(name), self.patterns
+        if mask.shift is not None:
+            statistics = statistics.shifted(mask.shift.detach())
         notes = self.method.solve(name, layer, statistics, mask.importance())
         correction = mask.correction(layer.rounded_rows().detach().flatten(1).float())
         if correction is not None:
@@ -164,55 +164,16 @@ class SparsityInduction(SolvedPruning):
 
     def _mask(self, name: str, layer: QuantizedLayer, moments: Moments) -> InducedMask:
         rows = finite_rows(layer, "weight", name)
-        squares, mean = moments.diagonal() / 2, moments.mean()
-        linear = layer.weight_rows().dim() == 2
+        mean, size = moments.mean(), (moments.diagonal().mean() / 2).sqrt().float()
+        shifts = self.learn_shift and layer.weight_rows().dim() == 2  # a convolution pads what was shifted with zeros
+        squares = row_squares(moments.shifted(mean) if shifts else moments, len(rows))
         return InducedMask(
             rows,
-            self.method.scores(rows, row_squares(moments, len(rows))),
+            self.method.scores(rows, squares),
             self.patterns[name],
             self.method.compared,
             torch.ones_like(mean) if self.init == "ones" else skewness_init(moments.median(), mean),
             self.learn_rows,
-            mean if self.learn_shift and linear else None,  # a convolution pads what was shifted with zeros
-            squares.mean().sqrt().float(),
+            mean if shifts else None,
+            size,
         )
-
-
-class Moments(Hessian):
-    """The mean of the inputs as well, and their median over some of the tokens."""
-
-    SAMPLE = 4096  # tokens
-
-    sums: Tensor
-    sample: list[Tensor]
-
-    @classmethod
-    def of(cls, layer: nn.Module, diagonal: bool = False) -> Moments:
-        """Empty ones for the inputs of a layer, where its weight is."""
-        moments = super().of(layer, diagonal)
-        assert isinstance(moments, Moments)
-        moments.sums = torch.zeros(moments.features, dtype=torch.float64, device=moments.total.device)
-        moments.sample = []
-        return moments
-
-    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Add tokens; see :class:`~lightning_quant.calibration.Hessian`."""
-        super().add(x, weights)
-        rows = x.detach().float().reshape(-1, self.features)
-        self.sums += rows.sum(0).to(self.sums)
-        room = self.SAMPLE - sum(map(len, self.sample))
-        self.sample.append(rows[: max(0, room)].clone())
-
-    def reduce(self) -> None:
-        """Bring the ranks' sums together."""
-        super().reduce()
-        self.sums = sum_across_ranks(self.sums)
-        self.sample = [rows for ranks in merge_across_ranks(self.sample) for rows in ranks]
-
-    def mean(self) -> Tensor:
-        """Of each input: (features,)."""
-        return (self.sums / max(1, self.tokens)).float()
-
-    def median(self) -> Tensor:
-        """Of each input: (features,)."""
-        return torch.cat([rows.to(self.sums.device) for rows in self.sample]).median(0).values
