@@ -9,7 +9,13 @@ from lightning_quant.calibration.feed import check_feedable, feed, feeder_name
 from lightning_quant.calibration.hessians import Hessian, input_rows
 from lightning_quant.calibration.moments import Moments
 from lightning_quant.calibration.observing import fitted_in_stream, observed, reached
-from lightning_quant.calibration.ranks import from_other_ranks, merge_across_ranks, sum_across_ranks
+from lightning_quant.calibration.outputs import sample_output
+from lightning_quant.calibration.ranks import (
+    from_other_ranks,
+    mean_across_ranks,
+    merge_across_ranks,
+    sum_across_ranks,
+)
 from lightning_quant.calibration.recording import Call, Signature, hooked_outputs, record, same_constants, signature
 from lightning_quant.calibration.samples import first_samples, reordered, sample_count
 from lightning_quant.calibration.tokens import TokenWindows
@@ -32,6 +38,7 @@ __all__ = [
     "from_other_ranks",
     "hooked_outputs",
     "input_rows",
+    "mean_across_ranks",
     "merge_across_ranks",
     "observed",
     "reached",
@@ -39,6 +46,7 @@ __all__ = [
     "reordered",
     "same_constants",
     "sample_count",
+    "sample_output",
     "seen_maps",
     "signature",
     "sum_across_ranks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -55,6 +56,16 @@ def sum_across_ranks(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     distributed.all_reduce(total)
     return total
+
+
+def mean_across_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor averaged over the ranks, the same on all of them. One collective.
+
+    >>> mean_across_ranks([torch.tensor([1.0, 2.0])])
+    [tensor([1., 2.])]
+    """
+    states = merge_across_ranks(list(tensors))
+    return [torch.stack(same).mean(0) for same in zip(*states, strict=True)]
 
 
 def _moved(states: Any, device: torch.device) -> Any:

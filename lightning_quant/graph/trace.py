@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_quant.graph.attention import AttentionCalls, AttentionWatcher
+from lightning_quant.graph.batch_norms import BatchNormWatcher
 from lightning_quant.graph.blocks import repeated_blocks
 from lightning_quant.graph.calls import Call, Watcher
 from lightning_quant.graph.costs import Cost, CostWatcher
@@ -37,6 +38,7 @@ class ModelGraph:
         costs: shapes and multiplications of every layer with a weight, by its name.
         tied: groups of names of one shared parameter.
         blocks: names of the repeated blocks, in the order of their first call.
+        batch_norms: the layer whose output a BatchNorm alone reads, by the norm's name.
     """
 
     order: list[str] = field(default_factory=list)
@@ -47,6 +49,7 @@ class ModelGraph:
     costs: dict[str, Cost] = field(default_factory=dict)
     tied: list[tuple[str, ...]] = field(default_factory=list)
     blocks: list[str] = field(default_factory=list)
+    batch_norms: dict[str, str] = field(default_factory=dict)
 
 
 def trace(module: nn.Module, run: Callable[[], Any]) -> ModelGraph:
@@ -67,7 +70,8 @@ def trace(module: nn.Module, run: Callable[[], Any]) -> ModelGraph:
     """
     owners = Owners(module)
     norms, attention, costs = NormWatcher(owners), AttentionWatcher(), CostWatcher(owners)
-    recorder = _Recorder(module, (norms, attention, costs))
+    batch_norms = BatchNormWatcher(owners)
+    recorder = _Recorder(module, (norms, attention, costs, batch_norms))
     # A compiled model would run without its hooks.
     with torch.compiler.set_stance("force_eager"), recorder.watching(), recorder, torch.no_grad():
         output = run()
@@ -77,7 +81,15 @@ def trace(module: nn.Module, run: Callable[[], Any]) -> ModelGraph:
     order = list(recorder.order)
     blocks = repeated_blocks(module, order)
     return ModelGraph(
-        order, pairs, unfoldable, attention.sites, costs.functional, costs.costs, owners.tied_groups(), blocks
+        order,
+        pairs,
+        unfoldable,
+        attention.sites,
+        costs.functional,
+        costs.costs,
+        owners.tied_groups(),
+        blocks,
+        batch_norms.result(),
     )
 
 

@@ -38,7 +38,8 @@ class Int8Conv(Kernel):
         packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, self.zero_point, *self.place, None)
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
-        bias = None if layer.bias is None else layer.bias.detach().float()
+        bias = layer.full_bias()
+        bias = None if bias is None else bias.detach().float()
         self.register_buffer("bias", bias, persistent=False)
 
     @classmethod

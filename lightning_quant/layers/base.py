@@ -19,28 +19,39 @@ class QuantizedLayer(nn.Module):
     """A layer that computes with quantized weights and inputs, or pruned weights; mixed in before the float class.
 
     It has slots: for every weight ``p`` a child ``p_quantizer`` and, in front of that, a child ``p_mask``, and for
-    every input a child like ``input_quantizer``; a child that is ``None`` leaves its tensor as it is. Several methods
-    may work on one layer, each in slots of its own: :attr:`WEIGHTS`, :attr:`INPUTS`, :attr:`PRUNED`. ``folded`` says
-    whether a neighbouring norm has been folded into the weights.
+    every input a child like ``input_quantizer``; a child that is ``None`` leaves its tensor as it is. In
+    ``bias_quantizer`` is another bias, where a method has found one; it stands in codes like solved weights, and the
+    float one stays. Several methods may work on one layer, each in slots of its own: :attr:`WEIGHTS`, :attr:`INPUTS`,
+    :attr:`PRUNED`, :attr:`BIASES`. ``folded`` says whether a neighbouring norm has been folded into the weights.
     """
 
     WEIGHTS: ClassVar[str] = "weights"
     INPUTS: ClassVar[str] = "inputs"
     PRUNED: ClassVar[str] = "pruned"
+    BIASES: ClassVar[str] = "biases"
+    SLOTS: ClassVar[tuple[str, ...]] = (WEIGHTS, INPUTS, PRUNED, BIASES)
 
     float_class: ClassVar[type[nn.Module]]
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)
     input_quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer",)
     input_axis: ClassVar[int] = -1
     transposed: ClassVar[bool] = False  # whether the weight is stored as (in, out)
+    takes_bias: ClassVar[bool] = True  # whether it can have another bias than the float layer has
 
     folded: Tensor
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
+    bias_quantizer: Quantizer | None
 
-    def add_quantizers(self, weights: Scheme | None, inputs: Scheme | None, pruned: Pattern | None = None) -> None:
+    def add_quantizers(
+        self,
+        weights: Scheme | None,
+        inputs: Scheme | None,
+        pruned: Pattern | None = None,
+        biases: Scheme | None = None,
+    ) -> None:
         """Fill slots with uncalibrated quantizers and undecided masks; what is in the others stays."""
-        for slot, content in ((self.WEIGHTS, weights), (self.INPUTS, inputs), (self.PRUNED, pruned)):
+        for slot, content in zip(self.SLOTS, (weights, inputs, pruned, biases), strict=True):
             for name in self._children_of(slot):
                 if content is not None and getattr(self, name, None) is not None:
                     raise ValueError(f"its {slot} slot is not free: `{name}` is {getattr(self, name)}")
@@ -62,21 +73,23 @@ class QuantizedLayer(nn.Module):
 
     def filled(self) -> set[str]:
         """The slots that something is in."""
-        slots = (self.WEIGHTS, self.INPUTS, self.PRUNED)
         return {
-            slot for slot in slots if any(getattr(self, name, None) is not None for name in self._children_of(slot))
+            slot
+            for slot in self.SLOTS
+            if any(getattr(self, name, None) is not None for name in self._children_of(slot))
         }
 
     def drop_quantizers(self) -> None:
         """Take all slots out again, as far as they were put in: adding them may have been interrupted."""
-        slots = (self.WEIGHTS, self.INPUTS, self.PRUNED)
-        for name in [*(name for slot in slots for name in self._children_of(slot)), "folded"]:
+        for name in [*(name for slot in self.SLOTS for name in self._children_of(slot)), "folded"]:
             if hasattr(self, name):
                 delattr(self, name)
 
     def _children_of(self, slot: str) -> list[str]:
         if slot == self.INPUTS:
             return list(self.input_quantizers)
+        if slot == self.BIASES:
+            return ["bias_quantizer"] if self.takes_bias else []
         return [f"{name}_{'quantizer' if slot == self.WEIGHTS else 'mask'}" for name in self.present_weights()]
 
     def set_quantizer(self, name: str, scheme: Scheme | None, axis: int) -> None:
@@ -127,12 +140,26 @@ class QuantizedLayer(nn.Module):
         found = {name: getattr(self, name) for name in self.input_quantizers}
         return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
 
+    def float_bias(self) -> Tensor:
+        """The float bias, zeros where there is none: (out,)."""
+        bias = cast(Tensor | None, self.bias)
+        rows = self.float_rows()
+        return rows.new_zeros(len(rows)) if bias is None else bias
+
     def full_bias(self) -> Tensor | None:
-        """The bias as the layer computes with it, with what makes good for its pruned weights."""
+        """The bias as the layer computes with it: its own or what was found for it, and what makes good for pruning."""
         bias, mask = cast(Tensor | None, self.bias), self.masks().get("weight")
+        if self.bias_quantizer is not None:
+            bias = through(self.bias_quantizer, self.float_bias())
         if mask is None or mask.correction is None or mask.observer is not None:
             return bias
         return mask.correction if bias is None else bias + mask.correction
+
+    def settle_bias(self, bias: Tensor) -> None:
+        """Find this bias for the layer, rounded to the format of ``bias_quantizer``."""
+        assert self.bias_quantizer is not None
+        self.bias_quantizer.fit(bias, "minmax")
+        self.bias_quantizer.solve(self.bias_quantizer.encode(bias.detach()))
 
     def quantized(self, name: str = "weight") -> Tensor:
         """The weight as the layer computes with it, stored as the Parameter is."""

@@ -15,7 +15,7 @@ class QuantConv1d(QuantizedLayer, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
-        out: Tensor = self._conv_forward(through(self.input_quantizer, input), self.quantized(), self.bias)
+        out: Tensor = self._conv_forward(through(self.input_quantizer, input), self.quantized(), self.full_bias())
         return out
 
 
@@ -27,5 +27,5 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
-        out: Tensor = self._conv_forward(through(self.input_quantizer, input), self.quantized(), self.bias)
+        out: Tensor = self._conv_forward(through(self.input_quantizer, input), self.quantized(), self.full_bias())
         return out

@@ -29,6 +29,7 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
     """``nn.Embedding`` with a quantized table; a row is an output channel and has its own scale."""
 
     float_class = nn.Embedding
+    takes_bias = False
     input_quantizers = ()
 
     def forward(self, input: Tensor) -> Tensor:

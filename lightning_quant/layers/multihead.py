@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer, through
 from lightning_quant.layers.routing import Route
-from lightning_quant.quantizers import Pattern, Quantizer, Scheme
+from lightning_quant.quantizers import Quantizer
 
 
 class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
@@ -23,13 +23,14 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     """
 
     float_class = nn.MultiheadAttention
+    takes_bias = False
     weight_names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     attention_quantizers: QuantAttention
     input_quantizers = ("input_quantizer", "key_input_quantizer", "value_input_quantizer")
 
-    def add_quantizers(self, weights: Scheme | None, inputs: Scheme | None, pruned: Pattern | None = None) -> None:
+    def add_quantizers(self, *contents: Any, **more: Any) -> None:
         """Fill slots; the quantizers of the attention operands come with :meth:`add_attention`."""
-        super().add_quantizers(weights, inputs, pruned)
+        super().add_quantizers(*contents, **more)
         if not hasattr(self, "attention_quantizers"):
             self.add_attention(AttentionSchemes(None, None, None, None))
 

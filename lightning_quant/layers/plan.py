@@ -38,18 +38,19 @@ class LayerPlan:
         inputs: format of its inputs, ``None`` for float.
         noisy: whether noise is added to the inputs.
         pruned: pattern of its pruned weights, ``None`` where none are.
+        biases: format of another bias that the method finds; ``None`` where it adds the layer's own.
     """
 
     weights: str | None
     inputs: str | None
     noisy: bool = False
     pruned: str | None = None
+    biases: str | None = None
 
     @property
     def slots(self) -> list[str]:
         """Where in the layer something is put; see :class:`~lightning_quant.layers.QuantizedLayer`."""
-        slots = (QuantizedLayer.WEIGHTS, QuantizedLayer.INPUTS, QuantizedLayer.PRUNED)
-        return [slot for slot in slots if getattr(self, slot) is not None]
+        return [slot for slot in QuantizedLayer.SLOTS if getattr(self, slot) is not None]
 
 
 @dataclass
@@ -153,7 +154,8 @@ class Plan:
             pruned = None if layer.pruned is None else Pattern.parse(layer.pruned)
             module = model.get_submodule(name)
             try:
-                twin = quantize_layer(module, _scheme(layer.weights), _scheme(layer.inputs), pruned)
+                formats = _scheme(layer.weights), _scheme(layer.inputs), pruned, _scheme(layer.biases)
+                twin = quantize_layer(module, *formats)
             except ValueError as error:
                 raise ValueError(f"`{name}` cannot take what {self.method} wants to do: {error}") from None
             if layer.noisy:
@@ -252,7 +254,12 @@ class Plan:
             for owner, layer in self.quantized_layers(model).items()
             for name, quantizer in (layer.weight_quantizers() if self.layers[owner].weights else {}).items()
         }
-        return weights | self.activation_quantizers(model)
+        biases = {
+            f"{owner}.bias_quantizer": layer.bias_quantizer
+            for owner, layer in self.quantized_layers(model).items()
+            if self.layers[owner].biases and layer.bias_quantizer is not None
+        }
+        return weights | biases | self.activation_quantizers(model)
 
     def masks(self, model: nn.Module) -> dict[str, Mask]:
         """Every planned mask, by full name."""

@@ -69,7 +69,11 @@ def why_not_swappable(layer: nn.Module) -> str | None:
 
 
 def quantize_layer(
-    layer: nn.Module, weights: Scheme | None, inputs: Scheme | None, pruned: Pattern | None = None
+    layer: nn.Module,
+    weights: Scheme | None,
+    inputs: Scheme | None,
+    pruned: Pattern | None = None,
+    biases: Scheme | None = None,
 ) -> QuantizedLayer:
     """Turn a layer into its (uncalibrated) quantized twin; the object and its Parameters stay the same.
 
@@ -86,7 +90,7 @@ def quantize_layer(
         raise TypeError(f"no quantized twin for a {type(layer).__name__}" if twin is None else f"cannot swap: {reason}")
     layer.__class__ = twin
     assert isinstance(layer, QuantizedLayer)
-    layer.add_quantizers(weights, inputs, pruned)
+    layer.add_quantizers(weights, inputs, pruned, biases)
     return layer
 
 

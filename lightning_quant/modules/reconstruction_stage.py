@@ -143,7 +143,8 @@ class ReconstructionStage(LightningModule):
         units = units_of(self.model, graph, self.layers, self.settings.granularity)
         if not units:
             raise ValueError(f"granularity={self.settings.granularity!r} finds no unit with a quantized layer")
-        self.tasks = [Task(phase, unit) for phase in self.settings.phases for unit in units]
+        tasks = [Task(phase, unit) for phase in self.settings.phases for unit in units]
+        self.tasks = [task for task in tasks if self._learning(task).has_something_to_learn]
         folder = self.state_dir or Path(self.ranks.default_root_dir) / "reconstruction"
         self._states = UnitStates(folder, self.model, self.settings, self.tasks, batches)
         self._done = self._states.resume(self.ranks)
@@ -195,7 +196,7 @@ class ReconstructionStage(LightningModule):
     def begin(self, number: int) -> _Current:
         """Gather what a unit sees, and give the optimizer what it learns."""
         task, start = self.tasks[number], time.perf_counter()
-        learning = UnitLearning(self.model, task.unit, task.phase, self.settings, self.layers)
+        learning = self._learning(task)
         with ExitStack() as scope:
             if task.phase == "weights":
                 scope.enter_context(activations_float(self.model))
@@ -224,6 +225,9 @@ class ReconstructionStage(LightningModule):
                 task, number + 1, data, learning, random, scope.pop_all(), gathering, tail, balance
             )
         return self._current
+
+    def _learning(self, task: Task) -> UnitLearning:
+        return UnitLearning(self.model, task.unit, task.phase, self.settings, self.layers)
 
     def _train(self, learning: UnitLearning) -> None:
         """Give the optimizer the Parameters of a unit, and nothing else."""

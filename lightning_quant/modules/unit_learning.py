@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_quant.layers import QuantAttention, QuantizedLayer, learn_scale, settle_scale
 from lightning_quant.modules.unit_data import UnitBatch
-from lightning_quant.quantizers import LearnedQuantizer, Quantizer
+from lightning_quant.quantizers import LearnedQuantizer, Quantizer, UniformQuantizer
 from lightning_quant.solvers import ROUNDINGS, Reconstruction, WeightRounding, moment_distance
 
 
@@ -47,7 +47,17 @@ class UnitLearning:
         ]
         self.roundings: dict[str, WeightRounding] = {}
         self.scales: dict[str, LearnedQuantizer] = {}
+        self.biases: dict[str, nn.Parameter] = {}
         self.random: torch.Generator | None = None
+
+    @property
+    def has_something_to_learn(self) -> bool:
+        """Whether there is a weight to round, or a scale to learn, in this phase."""
+        layers = [self.model.get_submodule(name) for name in self.layers]
+        rounded = any(isinstance(layer, QuantizedLayer) and layer.weight_quantizers() for layer in layers)
+        scaled = self.settings.scale_learning_rate is not None and any(map(self._has_a_scale, self.activations))
+        weights = self.phase != "activations" and self.settings.rounding != "nearest" and rounded
+        return weights or (self.phase != "weights" and scaled)
 
     @contextmanager
     def learn(self, seed: int) -> Iterator[None]:
@@ -63,7 +73,7 @@ class UnitLearning:
                     device = next(self.model.parameters()).device
                     self.random = torch.Generator(device).manual_seed(seed)
                     for name in self.activations:
-                        stack.enter_context(_observed(self._quantizer(name), self._dropping(self._quantizer(name))))
+                        stack.enter_context(self._quantizer(name).observed_by(self._dropping(self._quantizer(name))))
             yield
 
     def parameters(self) -> list[nn.Parameter]:
@@ -77,6 +87,8 @@ class UnitLearning:
         for rounding in self.roundings.values():
             size = getattr(rounding, "scale", torch.ones(())).detach().abs().mean().item()
             groups += rounding.groups(self.settings.learning_rate, scale_lr * size)
+        for bias in self.biases.values():
+            groups.append({"params": [bias], "lr": self.settings.bias_learning_rate, "decay": True})
         for quantizer in self.scales.values():
             size = quantizer.scale.detach().abs().mean().item()
             groups.append({"params": [quantizer.scale], "lr": scale_lr * size, "decay": True})
@@ -138,6 +150,8 @@ class UnitLearning:
                     self.roundings[name].harden(quantizer)
                 except ValueError as error:
                     raise ValueError(f"`{name}`: {error}") from error
+            if layer_name in self.biases:
+                layer.settle_bias(self.biases[layer_name].detach())
 
     # ---------------------------------------------------------------- private
 
@@ -149,7 +163,10 @@ class UnitLearning:
             for weight, quantizer in layer.weight_quantizers().items():
                 rounding = ROUNDINGS[self.settings.rounding](quantizer, layer.weight_rows(weight))
                 self.roundings[f"{name}.{weight}"] = rounding
-                stack.enter_context(_observed(quantizer, _by(rounding)))
+                stack.enter_context(quantizer.observed_by(_by(rounding)))
+            if layer.bias_quantizer is not None:
+                self.biases[name] = nn.Parameter(layer.float_bias().detach().clone().float())
+                stack.enter_context(layer.bias_quantizer.observed_by(_instead(self.biases[name])))
             yield
 
     @contextmanager
@@ -169,6 +186,10 @@ class UnitLearning:
         assert isinstance(quantizer, Quantizer)
         return quantizer
 
+    def _has_a_scale(self, name: str) -> bool:
+        quantizer = self._quantizer(name)
+        return type(quantizer) is UniformQuantizer and not quantizer.scheme.dynamic
+
     def _dropping(self, quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
         return lambda x: torch.where(self._kept(x), quantizer.rounded(x), x)
 
@@ -176,6 +197,10 @@ class UnitLearning:
         if self.random is None:
             return torch.ones((), dtype=torch.bool, device=x.device)
         return torch.rand(x.shape, generator=self.random, device=x.device) < self.settings.keep
+
+
+def _instead(bias: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda given: bias.to(given.dtype)
 
 
 def _by(rounding: WeightRounding) -> Callable[[Tensor], Tensor]:
@@ -189,17 +214,8 @@ def activations_float(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, (QuantizedLayer, QuantAttention)):
                 for quantizer in module.activation_quantizers().values():
-                    stack.enter_context(_observed(quantizer, _as_it_is))
+                    stack.enter_context(quantizer.observed_by(_as_it_is))
         yield
-
-
-@contextmanager
-def _observed(quantizer: Quantizer, observer: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    before, quantizer.observer = quantizer.observer, observer
-    try:
-        yield
-    finally:
-        quantizer.observer = before
 
 
 def _as_it_is(x: Tensor) -> Tensor:

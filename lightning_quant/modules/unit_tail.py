@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_quant.calibration import Signature, reordered, sample_count
+from lightning_quant.calibration import Signature, reordered, sample_count, sample_output
 from lightning_quant.calibration.samples import merge_batches
 from lightning_quant.layers import as_float
 
@@ -84,13 +84,4 @@ class FloatTail:
         return found, self.exact[rows.to(self.exact.device)]
 
     def _output(self, batch: Any) -> Tensor:
-        leaves = tree_leaves(self.run(batch))
-        found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        if not found or found[0].dim() == 0 or len(found[0]) != sample_count(batch):
-            shape = tuple(found[0].shape) if found else None
-            raise ValueError(
-                f"the output of {type(self.model).__name__} (shape {shape}) has no entry for each of "
-                f"{sample_count(batch)} samples: set global_weight=0, or define calibration_step(self, batch) that "
-                f"returns the output"
-            )
-        return found[0]
+        return sample_output(self.model, batch, self.run, "set global_weight=0")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -94,6 +95,15 @@ class Quantizer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``x`` rounded to the format, or ``x`` itself while observed or uncalibrated."""
         return self.rounded(x) if self.observer is None else self.observer(x)
+
+    @contextmanager
+    def observed_by(self, observer: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Let ``forward(x)`` return ``observer(x)`` for a while."""
+        before, self.observer = self.observer, observer
+        try:
+            yield
+        finally:
+            self.observer = before
 
     def rounded(self, x: Tensor) -> Tensor:
         """What :meth:`forward` returns while nobody observes."""

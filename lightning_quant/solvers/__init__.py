@@ -19,6 +19,7 @@ from lightning_quant.solvers.noise import (
     noise_states,
 )
 from lightning_quant.solvers.null_space import Absorption, absorb_outliers, null_space, row_reach
+from lightning_quant.solvers.output_tuning import Statistics, absorb_statistics, learn_biases, measure_statistics
 from lightning_quant.solvers.reconstruction import PRESETS, Reconstruction
 from lightning_quant.solvers.rounding import (
     ROUNDINGS,
@@ -58,9 +59,11 @@ __all__ = [
     "Rounding",
     "SoftRounding",
     "Solved",
+    "Statistics",
     "TrainedWeight",
     "WeightRounding",
     "absorb_outliers",
+    "absorb_statistics",
     "align_twin",
     "clip_states",
     "clipping_error",
@@ -70,8 +73,10 @@ __all__ = [
     "integer_program",
     "inverse_factor",
     "keep_best",
+    "learn_biases",
     "learn_clips",
     "mean_states",
+    "measure_statistics",
     "moment_distance",
     "noise_states",
     "null_space",

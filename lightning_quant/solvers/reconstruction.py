@@ -35,6 +35,7 @@ class Reconstruction:
         learning_rate: of the rounding, with Adam; for ``"free"`` in steps of the grid.
         scale_learning_rate: of the scales, with Adam, falling to 0 along a cosine; ``None`` leaves them alone. It is
             relative to the scale itself.
+        bias_learning_rate: of biases, with Adam, where a method gives its layers one of their own.
         penalty: :math:`\lambda`, what an undecided weight costs.
         warmup: the part of the steps without penalty.
         sharpness: :math:`\beta` after the warm-up and at the end, falling in a straight line.
@@ -72,6 +73,7 @@ class Reconstruction:
     samples: int = 256
     learning_rate: float = 1e-2
     scale_learning_rate: float | None = 1e-3
+    bias_learning_rate: float = 1e-3
     penalty: float = 0.01
     warmup: float = 0.2
     sharpness: tuple[float, float] = (20.0, 2.0)

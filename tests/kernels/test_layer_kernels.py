@@ -52,6 +52,22 @@ def assert_same(layer, kernel, x, **tolerance):
     assert torch.equal(layer(x), simulated)
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    "make", [lambda bias: nn.Linear(16, 8, bias=bias), lambda bias: nn.Conv2d(16, 8, 1, bias=bias)]
+)
+def test_a_bias_that_was_found_is_added(make, own):
+    torch.manual_seed(0)
+    x = torch.randn(4, 16) if type(make(own)) is nn.Linear else torch.randn(4, 16, 3, 3)
+    for inputs, kernels in (("int8_asym_tensor", None), ("int8_sym_token", Int8Linear)):
+        if inputs == "int8_sym_token" and x.dim() == 4:
+            continue
+        layer = calibrated(make(own), "int8_sym_channel", inputs, x)
+        layer.set_quantizer("bias_quantizer", Scheme.parse("int16_sym_tensor"), axis=0)
+        layer.settle_bias(torch.randn(8))
+        assert_same(layer, kernels or choose(LayerSpec.of(layer)).kernel, x)
+
+
 @pytest.fixture(params=["this CPU", "windowed"], autouse=True)
 def any_cpu(request, monkeypatch):
     if request.param == "windowed":
