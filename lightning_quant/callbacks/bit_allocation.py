@@ -12,13 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_quant.calibration import first_samples, merge_across_ranks, sample_count, undisturbed
+from lightning_quant.callbacks.kernel_latency import KernelLatency
 from lightning_quant.graph import ModelGraph
 from lightning_quant.layers import Plan
 from lightning_quant.quantizers import RangeRule
 from lightning_quant.reports import float_metrics, model_sizes, own_metrics
 from lightning_quant.solvers import Allocation, Budget, Point, sensitivities
 from lightning_quant.solvers.products import (
-    Latency,
     Option,
     Product,
     Shapes,
@@ -111,7 +111,7 @@ def measure(
     sensitivity: str,
     rule: RangeRule,
     monitor: Monitor | None = None,
-    latency: Latency | None = None,
+    timed: bool = False,
 ) -> Allocation:
     """What there is to choose in a model that is calibrated with as many bits as there may be.
 
@@ -125,7 +125,7 @@ def measure(
         sensitivity: the producer of the losses; ``"metric"`` asks the monitor.
         rule: how ranges are found.
         monitor: the metric of the user's own.
-        latency: measures milliseconds.
+        timed: whether milliseconds are measured too.
     """
     quantizers = quantizers_of(plan, model)
     bits = {slot: allowed(slot) for slot in quantizers}
@@ -151,7 +151,7 @@ def measure(
             by_slot = bits_of(product, option).items()
             return sum(one[slot][number] for one in tables for slot, number in by_slot) / len(tables)
 
-    costs = cost_table(found, options, seen, latency)
+    costs = cost_table(found, options, seen, KernelLatency(model, plan, seen) if timed else None)
     widest = sum(table["bytes"][-1] for table in costs)  # options ascend
     return Allocation.of(found, options, costs, losses, model_sizes(model).after - widest)
 

@@ -37,7 +37,8 @@ class KernelSwap(Callback):
 
     Args:
         backend: ``"torch"`` takes the low-bit kernel of every layer that has one; ``"auto"`` measures it in the first
-            batch against the float product, and keeps the faster one.
+            batch against the float product, and keeps the faster one; with ``keep`` or ``compile`` it measures nothing,
+            and is the same as ``"torch"``.
         keep: keep the kernels and drop the float weights. There is no way back.
         compile: compile the swapped network with ``torch.compile`` while it predicts.
         strict: refuse a model in which a quantized layer has no low-bit kernel.
@@ -68,7 +69,6 @@ class KernelSwap(Callback):
         self.strict = strict
         self.table: KernelTable | None = None
         self._layers: dict[str, KernelLayer] = {}
-        self._rows: list[KernelRow] = []
         self._compiled: list[nn.Module] = []
 
     # ---------------------------------------------------------------- hooks, in the order in which Lightning calls them
@@ -101,7 +101,7 @@ class KernelSwap(Callback):
         """Let kernels answer for the layers of a calibrated model, and tell which; nothing changes if this fails."""
         layers = _calibrated_layers(model)
         waiting = {name: layer for name, layer in layers.items() if not isinstance(layer, KernelLayer)}
-        choices = {name: choose(LayerSpec.of(layer)) for name, layer in waiting.items()}
+        choices = {name: choose(LayerSpec.of(layer)) for name, layer in layers.items()}
         without = {name: choice.why_not for name, choice in choices.items() if choice.why_not}
         if self.strict and without:
             named = "; ".join(f"`{name}`: {why}" for name, why in list(without.items())[:5])
@@ -116,9 +116,8 @@ class KernelSwap(Callback):
             self.give_back()
             raise
         attention = [name for name, module in model.named_modules() if isinstance(module, AttentionSite)]
-        self._rows = [_row(name, cast(KernelLayer, layer), choices.get(name)) for name, layer in layers.items()]
-        self._rows += [_attention_row(name) for name in attention]
-        self.table = KernelTable(self._rows, integer_instructions())
+        rows = [_row(name, cast(KernelLayer, layer), choices[name]) for name, layer in layers.items()]
+        self.table = KernelTable([*rows, *map(_attention_row, attention)], integer_instructions())
         if self.compile:
             self._compiled = [child for child in model.children() if any(m in layers.values() for m in child.modules())]
             for child in self._compiled:
@@ -132,12 +131,14 @@ class KernelSwap(Callback):
             for name, layer in self._layers.items()
             if isinstance(layer.kernel, Fastest) and layer.kernel.seconds
         }
+        slower = {}
         for name, pair in measured.items():
             self._layers[name].__dict__["kernel"] = pair.chosen
             if not pair.chosen.low_bit:
                 why = f"{pair.first.name} took {pair.seconds[0] / pair.seconds[1]:.2f}x as long in the first batch"
-                place = next(i for i, row in enumerate(self._rows) if row.layer == name)
-                self._rows[place] = KernelRow(name, pair.chosen.name, self._rows[place].formats, why)
+                slower[name] = pair.chosen.name, why
+        if slower and self.table is not None:
+            self.table = self.table.with_others(slower)
         return bool(measured)
 
     def give_back(self) -> None:
@@ -176,10 +177,9 @@ def _calibrated_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return layers
 
 
-def _row(name: str, layer: KernelLayer, choice: Choice | None) -> KernelRow:
+def _row(name: str, layer: KernelLayer, choice: Choice) -> KernelRow:
     kernel = layer.kernel.first if isinstance(layer.kernel, Fastest) else layer.kernel
-    why_not = "" if choice is None else choice.why_not or ""
-    return KernelRow(name, kernel.name, LayerSpec.of(layer).formats, why_not)
+    return KernelRow(name, kernel.name, LayerSpec.of(layer).formats, choice.why_not or "")
 
 
 def _attention_row(name: str) -> KernelRow:

@@ -27,7 +27,7 @@ from lightning_quant.layers import Plan, WeightsAsTheyWere, structure_kept
 from lightning_quant.quantizers import RangeRule, Scheme
 from lightning_quant.reports import Section
 from lightning_quant.solvers import PRODUCERS, SEARCHES, Allocation, Budget, Point, Reconstruction
-from lightning_quant.solvers.products import Latency, Slot, formats_of, set_bits
+from lightning_quant.solvers.products import Slot, formats_of, set_bits
 
 
 class MixedPrecision(QuantizationCallback):
@@ -53,7 +53,8 @@ class MixedPrecision(QuantizationCallback):
     ``"trade_off"``, which takes the knee of loss, bytes and bit operations if there is no budget.
 
     *Budgets*: ``"4.0bit"`` is what uniform 4 bits cost, in the mean of all weights, in the mean of all activations, and
-    in bit operations; ``"6MB"`` the size of the saved model; ``"20GBitOps"`` for one sample; ``"drop<=0.5"`` finds the
+    in bit operations; ``"6MB"`` the size of the saved model; ``"20GBitOps"`` for one sample; ``"8ms"`` what the layers
+    take for one sample on the kernels that :class:`KernelSwap` would run here; ``"drop<=0.5"`` finds the
     fewest mean bits with which ``monitor`` is at most so many points worse than in float (a point is 0.01 of a metric
     between 0 and 1, and 1 of others), or ``"drop<=1%"`` relative to it. Several may hold at once.
 
@@ -144,11 +145,6 @@ class MixedPrecision(QuantizationCallback):
         }
         return {**self.method.arguments, **super().arguments, **own}
 
-    @property
-    def latency(self) -> Latency | None:
-        """Measures what a product takes on real kernels, for budgets in milliseconds; ``None``: nobody does."""
-        return None
-
     def as_deployed(self, model: nn.Module) -> AbstractContextManager[None]:
         """Where the model computes otherwise at inference than its layers say, a context in which it does."""
         return nullcontext()
@@ -181,8 +177,9 @@ class MixedPrecision(QuantizationCallback):
             self.method.calibrate_plan(model, plan, graph, batches, run)
             rule = getattr(self.method, "rule", RangeRule.parse("mse"))
             seen = self._same_on_all_ranks(batches)
+            timed = any(budget.kind == "milliseconds" for budget in self.budgets)
             allocation = measure(
-                model, plan, graph, seen, run, self._allowed, self.sensitivity, rule, self._monitor, self.latency
+                model, plan, graph, seen, run, self._allowed, self.sensitivity, rule, self._monitor, timed
             )
 
             def build(point: Point) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -46,6 +47,14 @@ class KernelTable:
     def simulated(self) -> list[KernelRow]:
         """The layers without a low-bit kernel."""
         return [row for row in self.rows if row.why_not]
+
+    def with_others(self, found: Mapping[str, tuple[str, str]]) -> KernelTable:
+        """The same with other kernels for some layers, each with why it is not a low-bit one."""
+        rows = [
+            replace(row, kernel=found[row.layer][0], why_not=found[row.layer][1]) if row.layer in found else row
+            for row in self.rows
+        ]
+        return KernelTable(rows, self.cpu)
 
     def summary(self) -> str:
         """How many layers run on which kernel, and why not all on a low-bit one; a few lines."""

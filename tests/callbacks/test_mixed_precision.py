@@ -15,6 +15,7 @@ from lightning_quant import (
     load_quantized,
     save_quantized,
 )
+from lightning_quant.callbacks import kernel_latency
 from lightning_quant.callbacks.inner_method import with_bits
 from lightning_quant.checkpoint import record_of
 from lightning_quant.quantizers import Scheme
@@ -186,7 +187,7 @@ def test_arguments_that_make_no_sense(arguments, words):
     ("arguments", "words"),
     [
         ({"budget": "1kB"}, "budget='1kB' cannot be met: even the fewest bits .* above 1000; raise the budget"),
-        ({"budget": "1ms"}, "nobody measures milliseconds"),
+        ({"budget": "0.000001ms"}, "budget='0.000001ms' cannot be met: .* milliseconds, above 1e-06"),
         ({"budget": "drop<=1", "monitor": "top1"}, "'top1': the metric is not logged; .* logs 'loss', 'accuracy'"),
         ({"budget": "drop<=1"}, "has to be named; .* logs 'loss', 'accuracy'"),
     ],
@@ -195,6 +196,29 @@ def test_what_cannot_be_done_leaves_the_model_as_it_was(arguments, words):
     model = TinyTransformer()
     with refused(model, words):
         validate(model, MixedPrecision(**arguments))
+
+
+def test_milliseconds_are_measured_and_kept_within(monkeypatch):
+    measured = []
+
+    def as_bits(layer, spec, x):
+        assert tuple(x.shape)[-1] == layer.in_features and type(layer).__name__ == "QuantLinear"
+        measured.append((spec.weights.bits, spec.inputs.bits))
+        return 1e-3 * spec.weights.bits * spec.inputs.bits
+
+    def budgeted(milliseconds):
+        callback = MixedPrecision(budget=f"{milliseconds}ms", weight_bits=[4, 8], method="ptq")
+        validate(TinyTransformer(), callback)
+        return callback.choice
+
+    real = MixedPrecision(budget="60000ms", weight_bits=[4, 8], method="ptq")
+    validate(TinyTransformer(), real)
+    assert 0 < real.choice.point.costs["milliseconds"] < 60000
+    monkeypatch.setattr(kernel_latency, "_fastest", as_bits)
+    widest = budgeted(60000)
+    assert set(measured) == {(4, 4), (4, 8), (8, 4), (8, 8)} and set(widest.bits.values()) == {8}
+    half = widest.point.costs["milliseconds"] / 2
+    assert half / 2 < budgeted(half).point.costs["milliseconds"] <= half
 
 
 class NoGradient(TinyTransformer):
