@@ -26,7 +26,7 @@ from lightning_quant.calibration import (
 from lightning_quant.callbacks.averages import averaged_copies, check_averages
 from lightning_quant.callbacks.dry_run import DryRun, dry_run
 from lightning_quant.callbacks.formats import Formats
-from lightning_quant.callbacks.order import check_callbacks, check_last, check_order
+from lightning_quant.callbacks.order import check_callbacks, check_last, check_order, earlier
 from lightning_quant.callbacks.reconstructing import reconstruct
 from lightning_quant.checkpoint import attach_record, detach_record, record_of
 from lightning_quant.graph import ModelGraph, select, trace
@@ -98,15 +98,17 @@ class QuantizationCallback(Callback):
             "reconstruct": None if self.reconstruct is None else self.reconstruct.to_dict(),
         }
 
+    @property
+    def slots(self) -> list[str]:
+        """What of its layers it works on; other callbacks may have the rest."""
+        wanted = {QuantizedLayer.WEIGHTS: self.formats.weights, QuantizedLayer.INPUTS: self.formats.activations}
+        return [slot for slot, text in wanted.items() if text is not None]
+
     def plan_for(self, model: nn.Module, graph: ModelGraph) -> Plan:
         """Choose the formats; changes nothing."""
-        wanted = {QuantizedLayer.WEIGHTS: self.formats.weights, QuantizedLayer.INPUTS: self.formats.activations}
-        slots = [slot for slot, text in wanted.items() if text is not None]
         attention = self.attention and self.formats.activations is not None
-        selection = select(model, graph, self.target, self.skip, attention, slots)
-        plan = self.formats.plan(model, graph, selection, type(self).__name__, self.arguments)
-        plan.step = self.step
-        return plan
+        selection = select(model, graph, self.target, self.skip, attention, self.slots)
+        return self.formats.plan(model, graph, selection, type(self).__name__, self.arguments)
 
     @abstractmethod
     def calibrate_plan(
@@ -273,6 +275,7 @@ class QuantizationCallback(Callback):
     def applied(self, pl_module: LightningModule, plan: Plan) -> Iterator[None]:
         """Build the quantized structure, for the block to find its scales; undone if anything goes wrong."""
         plan.check(pl_module)
+        plan.step = earlier(plan.step, self.step)
         check_order(plan, self.state_key, attach_record(pl_module).plans, self.reconstruct is not None)
         with structure_kept(pl_module):
             plan.apply(pl_module)

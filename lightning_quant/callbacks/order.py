@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lightning.pytorch import Callback
-
-from lightning_quant.layers import Plan
+from lightning_quant.layers import Plan, QuantizedLayer
 
 # What a callback does to float weights, in the order in which it has to happen. Callbacks of one step come in any
 # order, each in slots of its own: formats of weights, formats of inputs, pruning.
@@ -17,7 +16,7 @@ ORDER = {
 }
 
 
-def check_callbacks(callbacks: Sequence[Callback], own: Callback) -> None:
+def check_callbacks(callbacks: Sequence[Any], own: Any) -> None:
     """Refuse a list of callbacks that would work on the same layers in an order that cannot be right.
 
     Args:
@@ -28,9 +27,9 @@ def check_callbacks(callbacks: Sequence[Callback], own: Callback) -> None:
         ValueError: naming both callbacks, and the order.
     """
     for other in callbacks[: callbacks.index(own)] if own in callbacks else ():
-        step = getattr(other, "step", None)
-        if step in ORDER and _overlap(getattr(own, "target", None), getattr(other, "target", None)):
-            _check(type(own).__name__, getattr(own, "step", step), type(other).__name__, step)
+        ours = getattr(other, "step", None) in ORDER
+        if ours and _overlap(own, other) and set(own.slots).isdisjoint(other.slots):  # the same slot is refused anyway
+            _check(type(own).__name__, own.step, type(other).__name__, other.step, other.slots)
 
 
 def check_order(plan: Plan, key: str, plans: Mapping[str, Plan], reconstructs: bool = False) -> None:
@@ -49,12 +48,8 @@ def check_order(plan: Plan, key: str, plans: Mapping[str, Plan], reconstructs: b
         shared = _shared(plan, other)
         if other_key == key or shared is None:
             continue
-        _check(plan.method, plan.step, other.method, other.step, f", and has done so with `{shared}`")
-        if plan.step == other.step == "rewrite" and other.layers[shared].slots:
-            raise ValueError(
-                f"{plan.method} {ORDER['rewrite']}, and the scales that {other.method} has found for `{shared}` would "
-                f"be void: let {other.method} quantize neither weights nor activations, or give both another target="
-            )
+        slots = other.layers[shared].slots
+        _check(plan.method, plan.step, other.method, other.step, slots, f", and has done so with `{shared}`")
         if reconstructs and other.layers[shared].pruned is not None:
             raise ValueError(
                 f"{plan.method}(reconstruct=...) would round pruned weights of `{shared}` away from 0: put "
@@ -83,8 +78,21 @@ def check_last(method: str, key: str, plans: Mapping[str, Plan]) -> None:
             )
 
 
-def _check(name: str, step: str, other: str, other_step: str, done: str = "") -> None:
-    if list(ORDER).index(step) < list(ORDER).index(other_step):
+def earlier(one: str, other: str) -> str:
+    """Of two steps the one that has to come first."""
+    return min(one, other, key=list(ORDER).index)
+
+
+def _check(name: str, step: str, other: str, other_step: str, slots: Sequence[str], done: str = "") -> None:
+    """Refuse what comes too late, behind a callback that worked on these slots."""
+    if step == other_step == "rewrite" and slots:
+        raise ValueError(
+            f"{name} {ORDER[step]}, and the scales that {other} finds before would be void: let {other} quantize "
+            f"neither weights nor activations, or give each another target="
+        )
+    # what is known of inputs holds for any weight that gives the same outputs
+    harmed = set(slots) if step == "rewrite" else set(slots) - {QuantizedLayer.INPUTS}
+    if list(ORDER).index(step) < list(ORDER).index(other_step) and harmed:
         raise ValueError(
             f"{name} {ORDER[step]}, which has to come before {other}, which {ORDER[other_step]}{done}: "
             f"put {name} before {other} in the Trainer's callbacks"
@@ -95,5 +103,7 @@ def _shared(plan: Plan, other: Plan) -> str | None:
     return next((name for name in plan.layers if name in other.layers), None)
 
 
-def _overlap(one: str | None, other: str | None) -> bool:
-    return not one or not other or f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+def _overlap(one: Any, other: Any) -> bool:
+    """Whether the parts of the model that two callbacks work on have a part in common."""
+    first, second = (getattr(callback, "target", None) or "" for callback in (one, other))
+    return not first or not second or f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}.")

@@ -52,11 +52,15 @@ class PruningCallback(QuantizationCallback):
         """What decides the result."""
         return {"pattern": self.pattern, "overrides": self.overrides, "target": self.target, "skip": self.skip}
 
+    @property
+    def slots(self) -> list[str]:
+        """It prunes."""
+        return [QuantizedLayer.PRUNED]
+
     def plan_for(self, model: nn.Module, graph: ModelGraph) -> Plan:
         """Choose the patterns; changes nothing."""
-        slots = [QuantizedLayer.PRUNED]
-        selection = select(model, graph, self.target, self.skip, attention=False, slots=slots)
-        plan = Plan(type(self).__name__, self.arguments, skipped=dict(selection.skipped), step=self.step)
+        selection = select(model, graph, self.target, self.skip, attention=False, slots=self.slots)
+        plan = Plan(type(self).__name__, self.arguments, skipped=dict(selection.skipped))
         able = [name for name in selection.layers if not isinstance(model.get_submodule(name), nn.Embedding)]
         patterns = dict.fromkeys(self.inside(model, graph, able), self.pattern)
         for key, text in self.overrides.items():
