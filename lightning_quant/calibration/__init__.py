@@ -18,6 +18,7 @@ from lightning_quant.calibration.ranks import (
 )
 from lightning_quant.calibration.recording import Call, Signature, hooked_outputs, record, same_constants, signature
 from lightning_quant.calibration.samples import first_samples, reordered, sample_count
+from lightning_quant.calibration.token_weights import attention_received, column_sums, token_weights
 from lightning_quant.calibration.tokens import TokenWindows
 from lightning_quant.calibration.undisturbed import undisturbed
 
@@ -29,7 +30,9 @@ __all__ = [
     "SampleCache",
     "Signature",
     "TokenWindows",
+    "attention_received",
     "check_feedable",
+    "column_sums",
     "draw_training_batches_from",
     "feed",
     "feeder_name",
@@ -50,5 +53,6 @@ __all__ = [
     "seen_maps",
     "signature",
     "sum_across_ranks",
+    "token_weights",
     "undisturbed",
 ]

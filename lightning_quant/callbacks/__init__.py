@@ -3,6 +3,7 @@
 from lightning_quant.callbacks.adaquant import AdaQuant
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.dopq_vit import DopQViT
+from lightning_quant.callbacks.fair_gptq import FairGPTQ
 from lightning_quant.callbacks.fidelity import Fidelity
 from lightning_quant.callbacks.gptq import GPTQ
 from lightning_quant.callbacks.htq import HTQ
@@ -22,6 +23,7 @@ from lightning_quant.callbacks.rectified_sparse_attention import RectifiedSparse
 from lightning_quant.callbacks.repq_vit import RepQViT
 from lightning_quant.callbacks.repquant import RepQuant
 from lightning_quant.callbacks.rotated_ptq import RotatedPTQ
+from lightning_quant.callbacks.rsq import RSQ
 from lightning_quant.callbacks.sparsegpt import SparseGPT
 from lightning_quant.callbacks.sparsity_induction import SparsityInduction
 from lightning_quant.callbacks.uniform_attention import UniformAttention
@@ -33,8 +35,10 @@ __all__ = [
     "MGRQ",
     "OSAQ",
     "PMQ",
+    "RSQ",
     "AdaQuant",
     "DopQViT",
+    "FairGPTQ",
     "Fidelity",
     "KernelSwap",
     "LRPQViT",

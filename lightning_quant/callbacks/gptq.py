@@ -106,7 +106,7 @@ class GPTQ(PostTrainingQuantization):
     def plan_for(self, model: nn.Module, graph: ModelGraph) -> Plan:
         """The layers inside blocks, and those that ``overrides`` names."""
         plan = super().plan_for(model, graph)
-        blocks = tuple(f"{name}." for name in blocks_of(model, graph, list(plan.layers), self.blocks))
+        blocks = tuple(f"{name}." for name in self.blocks_in(model, graph, plan))
         for name in list(plan.layers):
             if not name.startswith(blocks) and not any(matches(name, pattern) for pattern in self.formats.overrides):
                 del plan.layers[name]
@@ -125,11 +125,12 @@ class GPTQ(PostTrainingQuantization):
             self.fit_weights(plan.quantized_layers(model), self.rule)
         else:
             self.find_ranges(model, plan, batches, run, self.rule)
-        blocks = blocks_of(model, graph, list(plan.layers), self.blocks)
+        blocks = self.blocks_in(model, graph, plan)
+        inside = tuple(f"{block}." for block in blocks)
         layers = {
             name: layer
             for name, layer in plan.quantized_layers(model).items()
-            if layer.weight_names == ("weight",) and layer.weight_quantizer and name.startswith(tuple(blocks))
+            if layer.weight_names == ("weight",) and layer.weight_quantizer and name.startswith(inside)
         }
         for layer in layers.values():
             layer.weight_quantizers()["weight"].reset()  # until it is solved, a layer computes with its float weight
@@ -148,6 +149,10 @@ class GPTQ(PostTrainingQuantization):
         )
         for name in layers.keys() - self.solved.keys():
             plan.give_back(model, name, "calibration never reached it")
+
+    def blocks_in(self, model: nn.Module, graph: ModelGraph, plan: Plan) -> list[str]:
+        """Names of the blocks that hold planned layers, in the order in which they run."""
+        return blocks_of(model, graph, list(plan.layers), self.blocks)
 
     # ---------------------------------------------------------------- one layer, as solve_blocks asks for it
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -169,5 +168,7 @@ def _add(statistics: Hessian, name: str, rows: Tensor, weights: Tensor | None) -
             f"`{name}` reads {tuple(rows.shape)}, but the tokens have weights of shape {tuple(weights.shape)}: "
             f"leave it float with skip="
         )
-    with torch.no_grad():
+    try:
         statistics.add(rows, weights)
+    except ValueError as error:
+        raise ValueError(f"`{name}` {error}") from error

@@ -217,6 +217,11 @@ class Block:
         with self._sequence.context():
             return self.module(*args, **kwargs)
 
+    def hidden(self, batch: int) -> Tensor:
+        """The first floating tensor that the block is given: (samples, tokens, width) in a transformer."""
+        leaves = self._sequence._inputs[batch].leaves
+        return next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()).to(self._device)
+
     def groups(self, layers: Mapping[str, nn.Module]) -> list[list[str]]:
         """Names of the layers that read the same tensor, in the order of their first call in the first batch.
 

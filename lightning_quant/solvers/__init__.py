@@ -8,6 +8,7 @@ from lightning_quant.solvers.bits import SEARCHES, Decision, Point, greedy, inte
 from lightning_quant.solvers.budgets import Budget
 from lightning_quant.solvers.clipping import clipping_error, learn_clips
 from lightning_quant.solvers.columns import ColumnSolver, Solved, inverse_factor, output_error
+from lightning_quant.solvers.fairness import against_differences
 from lightning_quant.solvers.fixes import Binarizing, Fix, Masking, OnGrid, Rounding, settle
 from lightning_quant.solvers.induction import InducedMask, skewness_init
 from lightning_quant.solvers.masks import Compared, keep_best, wanda_scores
@@ -64,6 +65,7 @@ __all__ = [
     "WeightRounding",
     "absorb_outliers",
     "absorb_statistics",
+    "against_differences",
     "align_twin",
     "clip_states",
     "clipping_error",
