@@ -8,6 +8,7 @@ from lightning_quant.callbacks.fidelity import Fidelity
 from lightning_quant.callbacks.gptq import GPTQ
 from lightning_quant.callbacks.htq import HTQ
 from lightning_quant.callbacks.kernel_swap import KernelSwap
+from lightning_quant.callbacks.lorc import LoRC
 from lightning_quant.callbacks.lrp_qvit import LRPQViT
 from lightning_quant.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_quant.callbacks.mgrq import MGRQ
@@ -42,6 +43,7 @@ __all__ = [
     "Fidelity",
     "KernelSwap",
     "LRPQViT",
+    "LoRC",
     "MPTQViT",
     "MagnitudePruning",
     "MixedPrecision",

@@ -98,7 +98,7 @@ class OSAQ(GPTQ):
     def round(self, weight: Tensor, hessian: Tensor, rounding: Rounding, keep: Tensor, statistics: Hessian) -> Rounded:
         """Round with the addition where it helps, and without it elsewhere."""
         group = rounding.scheme.group_size
-        edit = absorb_outliers(weight, hessian, **self.absorbing, group=group)
+        edit = absorb_outliers(weight.float(), hessian, **self.absorbing, group=group)
         edited = weight + edit.edit
         before, after = row_reach(weight, group), row_reach(edited, group)
         if self.accept == "error":

@@ -204,7 +204,9 @@ def _refuse_other_tensors(model: nn.Module, plans: dict[str, Plan], state_dict: 
             )
         for key in keys:
             stored, here = tuple(state_dict[key].shape), tuple(own[key].shape)
-            adopts = "_quantizer" in key or "_mask." in key  # it takes the stored shape over
+            adopts = any(
+                part in key for part in ("_quantizer", "_mask.", "_low_rank.")
+            )  # it takes the stored shape over
             if not adopts and stored != here:
                 raise ValueError(f"this checkpoint is of another model: `{key}` is {stored} there and {here} here")
 

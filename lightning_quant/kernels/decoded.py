@@ -37,6 +37,8 @@ class DecodedWeights(Kernel):
     @classmethod
     def of(cls, layer: QuantizedLayer, packed: bool = False) -> DecodedWeights:
         """Decode the layer's weights, or pack their codes; of one that is only pruned, what is kept."""
+        if packed and layer.low_rank_branch() is not None:
+            raise ValueError("a weight with a low-rank branch cannot be packed: set keep=False")
         kernel, quantizers = cls(), layer.weight_quantizers()
         for name in {**quantizers, **layer.masks()}:
             rows = layer.weight_rows(name).detach()

@@ -54,7 +54,8 @@ class LayerSpec:
             tuple(rows.shape),
             None if weights is None else weights.scheme,
             None if inputs is None else inputs.scheme,
-            all(quantizer is None or _is_plain(quantizer) for quantizer in (weights, inputs)),
+            layer.low_rank_branch() is None
+            and all(quantizer is None or _is_plain(quantizer) for quantizer in (weights, inputs)),
             conv,
         )
 
@@ -70,7 +71,7 @@ class LayerSpec:
                 return f"its {what} are float"
             if scheme.kind != "int" or scheme.bits > 8:
                 return f"its {what} are {scheme}"
-        return None if self.plain else "its grid has noise or a fractional zero point"
+        return None if self.plain else "its grid has noise, a fractional zero point or a branch beside it"
 
 
 def _is_plain(quantizer: Quantizer) -> bool:

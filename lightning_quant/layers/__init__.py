@@ -15,6 +15,7 @@ from lightning_quant.layers.learning import (
     settle_scales,
 )
 from lightning_quant.layers.linear import QuantEmbedding, QuantLinear
+from lightning_quant.layers.low_rank import LowRank
 from lightning_quant.layers.multihead import QuantMultiheadAttention
 from lightning_quant.layers.patch_bits import PatchBits
 from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
@@ -41,6 +42,7 @@ __all__ = [
     "AttentionSchemes",
     "AttentionSite",
     "LayerPlan",
+    "LowRank",
     "PatchBits",
     "Plan",
     "QuantAttention",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.layers.low_rank import LowRank
 from lightning_quant.quantizers import Mask, NoisyQuantizer, Pattern, Quantizer, Scheme, build_quantizer
 
 
@@ -70,6 +71,8 @@ class QuantizedLayer(nn.Module):
                 quantizer.codes = mask.before
         for name in self._children_of(slot):
             setattr(self, name, None)
+        if slot == self.WEIGHTS:
+            self._drop_low_rank()
 
     def filled(self) -> set[str]:
         """The slots that something is in."""
@@ -84,6 +87,10 @@ class QuantizedLayer(nn.Module):
         for name in [*(name for slot in self.SLOTS for name in self._children_of(slot)), "folded"]:
             if hasattr(self, name):
                 delattr(self, name)
+        self._drop_low_rank()
+
+    def _drop_low_rank(self) -> None:
+        self._modules.pop("weight_low_rank", None)
 
     def _children_of(self, slot: str) -> list[str]:
         if slot == self.INPUTS:
@@ -104,6 +111,15 @@ class QuantizedLayer(nn.Module):
         assert self.input_quantizer is not None
         noisy = NoisyQuantizer(self.input_quantizer.scheme, self.input_axis)
         self.input_quantizer = noisy.to(self.device).train(self.training)
+
+    def add_low_rank(self, rank: int) -> None:
+        """Put a branch beside the weight, unknown for now; it goes with what is in the slot of weights."""
+        self.register_module("weight_low_rank", LowRank(rank).to(self.device).train(self.training))
+
+    def low_rank_branch(self, name: str = "weight") -> LowRank | None:
+        """The branch beside a weight, if there is one."""
+        branch = self._modules.get(f"{name}_low_rank")
+        return branch if isinstance(branch, LowRank) else None
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +184,9 @@ class QuantizedLayer(nn.Module):
 
     def rounded_rows(self, name: str = "weight") -> Tensor:
         """The same with output channels first: (out, ...)."""
-        return through(getattr(self, f"{name}_quantizer"), self.weight_rows(name))
+        rows = through(getattr(self, f"{name}_quantizer"), self.weight_rows(name))
+        branch = self.low_rank_branch(name)
+        return rows if branch is None else cast(Tensor, branch(rows))
 
     @torch.no_grad()
     def prune(self, keep: Tensor, rows: Tensor | None = None, name: str = "weight") -> None:

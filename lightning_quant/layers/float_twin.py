@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from lightning_quant.layers.low_rank import LowRank
 from lightning_quant.layers.multihead import QuantMultiheadAttention
 from lightning_quant.layers.routing import AttentionSite
 from lightning_quant.quantizers import Mask, Quantizer
@@ -39,7 +40,9 @@ def as_float(model: nn.Module) -> Iterator[None]:
         >>> torch.equal(layer(x), exact)
         False
     """
-    observers = {module: module.observer for module in model.modules() if isinstance(module, (Quantizer, Mask))}
+    observers = {
+        module: module.observer for module in model.modules() if isinstance(module, (Quantizer, Mask, LowRank))
+    }
     # These answer attention calls with a formula of ours, which differs from torch's fused kernel by rounding.
     routing = {
         module: type(module)

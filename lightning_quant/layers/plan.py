@@ -39,6 +39,7 @@ class LayerPlan:
         noisy: whether noise is added to the inputs.
         pruned: pattern of its pruned weights, ``None`` where none are.
         biases: format of another bias that the method finds; ``None`` where it adds the layer's own.
+        low_rank: rank of the branch beside its weight, 0 where there is none.
     """
 
     weights: str | None
@@ -46,6 +47,7 @@ class LayerPlan:
     noisy: bool = False
     pruned: str | None = None
     biases: str | None = None
+    low_rank: int = 0
 
     @property
     def slots(self) -> list[str]:
@@ -160,6 +162,8 @@ class Plan:
                 raise ValueError(f"`{name}` cannot take what {self.method} wants to do: {error}") from None
             if layer.noisy:
                 twin.make_noisy()
+            if layer.low_rank:
+                twin.add_low_rank(layer.low_rank)
         for name, site in self.attention.items():
             schemes = AttentionSchemes(*(_scheme(getattr(site, operand)) for operand in QuantAttention.OPERANDS))
             quantize_attention(

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from lightning_quant.layers.low_rank import LowRank
 from lightning_quant.quantizers import Mask, Quantizer
 
 __all__ = ["BlockStates"]
@@ -75,7 +76,9 @@ def _identity(parameter: Tensor) -> tuple[int, int]:
 @torch.no_grad()
 def _put(block: nn.Module, state: dict[str, Tensor]) -> None:
     parameters = dict(block.named_parameters())
-    quantizers = {name: module for name, module in block.named_modules() if isinstance(module, (Mask, Quantizer))}
+    quantizers = {
+        name: module for name, module in block.named_modules() if isinstance(module, (LowRank, Mask, Quantizer))
+    }
     for name, quantizer in quantizers.items():
         own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         if own:

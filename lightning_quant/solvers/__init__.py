@@ -11,6 +11,7 @@ from lightning_quant.solvers.columns import ColumnSolver, Solved, inverse_factor
 from lightning_quant.solvers.fairness import against_differences
 from lightning_quant.solvers.fixes import Binarizing, Fix, Masking, OnGrid, Rounding, settle
 from lightning_quant.solvers.induction import InducedMask, skewness_init
+from lightning_quant.solvers.low_rank import low_rank
 from lightning_quant.solvers.masks import Compared, keep_best, wanda_scores
 from lightning_quant.solvers.noise import (
     OutputError,
@@ -77,6 +78,7 @@ __all__ = [
     "keep_best",
     "learn_biases",
     "learn_clips",
+    "low_rank",
     "mean_states",
     "measure_statistics",
     "moment_distance",

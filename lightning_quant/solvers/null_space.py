@@ -66,7 +66,7 @@ def absorb_outliers(
     where :math:`n_j` is the j-th column of the directions. All rows are solved together by conjugate gradients.
 
     Args:
-        weight: (out, in).
+        weight: (out, in); its dtype is that of the equations, for which float32 does.
         hessian: (in, in), not damped.
         gamma: the share of the eigenvalues' sum that the directions may hold.
         tau: how sharply the largest weights are told from others, in parts of the largest one.
@@ -82,8 +82,7 @@ def absorb_outliers(
         >>> len(found.directions), bool((x @ found.edit.T).abs().max() < 1e-6)
         (4, True)
     """
-    weight = weight.double()
-    basis = null_space(hessian, gamma).to(weight.device)
+    basis = null_space(hessian, gamma).to(weight)
     importance = _importance(weight, tau, group)
     total, shrink = basis.sum(1), mu1 / weight.shape[1]
 
