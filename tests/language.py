@@ -74,7 +74,7 @@ def gpt2() -> LanguageModule:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=WORDS, n_embd=WIDTH, n_layer=2, n_head=HEADS, n_positions=32, bos_token_id=0, eos_token_id=0
+        vocab_size=WORDS, n_embd=WIDTH, n_layer=2, n_head=HEADS, n_positions=96, bos_token_id=0, eos_token_id=0
     )
     net = GPT2LMHeadModel(config)
     for module in net.modules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_quant.calibration.attention_maps import seen_maps
 from lightning_quant.calibration.batches import CalibrationBatches, draw_training_batches_from
 from lightning_quant.calibration.cache import SampleCache
+from lightning_quant.calibration.extremes import channel_extremes
 from lightning_quant.calibration.feed import check_feedable, feed, feeder_name
 from lightning_quant.calibration.hessians import Hessian, input_rows
 from lightning_quant.calibration.moments import Moments
@@ -31,6 +32,7 @@ __all__ = [
     "Signature",
     "TokenWindows",
     "attention_received",
+    "channel_extremes",
     "check_feedable",
     "column_sums",
     "draw_training_batches_from",

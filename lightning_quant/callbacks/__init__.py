@@ -25,6 +25,7 @@ from lightning_quant.callbacks.repq_vit import RepQViT
 from lightning_quant.callbacks.repquant import RepQuant
 from lightning_quant.callbacks.rotated_ptq import RotatedPTQ
 from lightning_quant.callbacks.rsq import RSQ
+from lightning_quant.callbacks.smooth_quant import SmoothQuant
 from lightning_quant.callbacks.sparsegpt import SparseGPT
 from lightning_quant.callbacks.sparsity_induction import SparsityInduction
 from lightning_quant.callbacks.uniform_attention import UniformAttention
@@ -56,6 +57,7 @@ __all__ = [
     "RepQViT",
     "RepQuant",
     "RotatedPTQ",
+    "SmoothQuant",
     "SparseGPT",
     "SparsityInduction",
     "UniformAttention",

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from typing import Any, ClassVar, Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_quant.calibration import first_samples
 from lightning_quant.callbacks.gptq import GPTQ
@@ -21,6 +19,7 @@ from lightning_quant.transforms import (
     fold_affine,
     head_rotations,
     input_rotation,
+    require_same,
     residual_rotation,
     rotate,
     rotate_back,
@@ -135,7 +134,7 @@ class RotatedPTQ(PostTrainingQuantization):
         ):
             self.rotate(model, plan, graph, found)
             with as_float(model):
-                _check_same(exact, run(samples))
+                require_same(exact, run(samples), "set residual=False or heads=False")
             if self.method is None:
                 self.give_back_unreached(model, plan, set(graph.order))
             else:
@@ -194,16 +193,3 @@ def _is_linear(layer: nn.Module) -> bool:
     return (
         isinstance(layer, QuantizedLayer) and layer.input_quantizers == ("input_quantizer",) and layer.input_axis == -1
     )
-
-
-def _check_same(exact: Any, rotated: Any) -> None:
-    for before, after in zip(tree_leaves(exact), tree_leaves(rotated), strict=True):
-        if not isinstance(before, Tensor) or not before.is_floating_point():
-            continue
-        tolerance = 1e-3 if before.dtype in (torch.float32, torch.float64) else 5e-2
-        difference, size = (before - after).abs().max(), before.abs().max()
-        if not bool(difference <= tolerance * size):
-            raise ValueError(
-                f"after rotating, the model computes something else: an output of up to {size:.3g} is off by "
-                f"{difference:.3g}. Something in it was not understood; set residual=False or heads=False"
-            )

@@ -1,6 +1,14 @@
 """Function-preserving edits of float weights."""
 
-from lightning_quant.transforms.norm_fold import fold_linear, fold_modulation, fold_norm, fold_pair, unfolded_on_failure
+from lightning_quant.transforms.norm_fold import (
+    fold_linear,
+    fold_modulation,
+    fold_norm,
+    fold_pair,
+    fold_scale,
+    unfolded_on_failure,
+)
+from lightning_quant.transforms.preserved import require_same
 from lightning_quant.transforms.reparameterization import Reparameterization, per_tensor
 from lightning_quant.transforms.rotation import (
     fold_affine,
@@ -20,9 +28,11 @@ __all__ = [
     "fold_modulation",
     "fold_norm",
     "fold_pair",
+    "fold_scale",
     "head_rotations",
     "input_rotation",
     "per_tensor",
+    "require_same",
     "residual_rotation",
     "rotate",
     "rotate_back",

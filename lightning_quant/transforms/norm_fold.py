@@ -89,8 +89,7 @@ def fold_pair(
     Raises:
         ValueError: if a reader has been folded already.
     """
-    if any(isinstance(linear, QuantizedLayer) and bool(linear.folded) for linear in linears):
-        raise ValueError("this linear layer has been folded already; folding twice would corrupt it")
+    _refuse_folded(linears)
     with torch.no_grad():
         scale, shift = scale.double(), shift.double()
         for linear in linears:
@@ -105,6 +104,38 @@ def fold_pair(
             _set(weight, bias, *fold_norm(weight.double(), bias.double(), scale, shift))
         else:
             _set(weight, bias, *fold_modulation(weight.double(), bias.double(), modulation, scale, shift))
+
+
+def fold_scale(norm: nn.Module, linears: Sequence[nn.Module], scale: Tensor) -> None:
+    """Fold a scale alone into a norm, which may be an RMSNorm, and into all its readers; no bias is needed.
+
+    Args:
+        norm: a norm with ``weight`` (C,), and ``bias`` or none.
+        linears: every reader of its output.
+        scale: (C,), what that output will be divided by.
+
+    >>> norm, linear, x = nn.RMSNorm(3), nn.Linear(3, 2), torch.randn(4, 3)
+    >>> exact = linear(norm(x))
+    >>> fold_scale(norm, [linear], torch.tensor([0.5, 1.0, 4.0]))
+    >>> torch.allclose(linear(norm(x)), exact, atol=1e-6)
+    True
+    """
+    _refuse_folded(linears)
+    with torch.no_grad():
+        scale = scale.double()
+        for linear in linears:
+            weight = weight_rows(linear)
+            weight.copy_(weight.double() * scale)
+            if isinstance(linear, QuantizedLayer):
+                linear.folded.fill_(True)
+        for parameter in (norm.weight, getattr(norm, "bias", None)):
+            if isinstance(parameter, Tensor):
+                parameter.copy_(parameter.double() / scale)
+
+
+def _refuse_folded(linears: Sequence[nn.Module]) -> None:
+    if any(isinstance(linear, QuantizedLayer) and bool(linear.folded) for linear in linears):
+        raise ValueError("this linear layer has been folded already; folding twice would corrupt it")
 
 
 def _set(weight: Tensor, bias: Tensor, new_weight: Tensor, new_bias: Tensor) -> None:
