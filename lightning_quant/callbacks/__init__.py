@@ -2,6 +2,7 @@
 
 from lightning_quant.callbacks.adaquant import AdaQuant
 from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.crossquant import CrossQuant
 from lightning_quant.callbacks.dopq_vit import DopQViT
 from lightning_quant.callbacks.fair_gptq import FairGPTQ
 from lightning_quant.callbacks.fidelity import Fidelity
@@ -39,6 +40,7 @@ __all__ = [
     "PMQ",
     "RSQ",
     "AdaQuant",
+    "CrossQuant",
     "DopQViT",
     "FairGPTQ",
     "Fidelity",

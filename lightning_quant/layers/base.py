@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.layers.low_rank import LowRank
-from lightning_quant.quantizers import Mask, NoisyQuantizer, Pattern, Quantizer, Scheme, build_quantizer
+from lightning_quant.quantizers import CrossQuantizer, Mask, NoisyQuantizer, Pattern, Quantizer, Scheme, build_quantizer
 
 
 class QuantizedLayer(nn.Module):
@@ -120,6 +120,12 @@ class QuantizedLayer(nn.Module):
         """The branch beside a weight, if there is one."""
         branch = self._modules.get(f"{name}_low_rank")
         return branch if isinstance(branch, LowRank) else None
+
+    def make_crossed(self, alpha: float) -> None:
+        """Let the input's step be a mixture of its token's and its channel's."""
+        assert self.input_quantizer is not None
+        crossed = CrossQuantizer(self.input_quantizer.scheme, self.input_axis, alpha)
+        self.input_quantizer = crossed.to(self.device).train(self.training)
 
     @property
     def device(self) -> torch.device:

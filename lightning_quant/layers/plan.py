@@ -40,6 +40,7 @@ class LayerPlan:
         pruned: pattern of its pruned weights, ``None`` where none are.
         biases: format of another bias that the method finds; ``None`` where it adds the layer's own.
         low_rank: rank of the branch beside its weight, 0 where there is none.
+        crossed: how much of an input's step is its token's, the rest its channel's; ``None``: no such step.
     """
 
     weights: str | None
@@ -48,6 +49,7 @@ class LayerPlan:
     pruned: str | None = None
     biases: str | None = None
     low_rank: int = 0
+    crossed: float | None = None
 
     @property
     def slots(self) -> list[str]:
@@ -164,6 +166,8 @@ class Plan:
                 twin.make_noisy()
             if layer.low_rank:
                 twin.add_low_rank(layer.low_rank)
+            if layer.crossed is not None:
+                twin.make_crossed(layer.crossed)
         for name, site in self.attention.items():
             schemes = AttentionSchemes(*(_scheme(getattr(site, operand)) for operand in QuantAttention.OPERANDS))
             quantize_attention(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_quant.quantizers.base import Quantizer, straight_through
 from lightning_quant.quantizers.build import build_quantizer
+from lightning_quant.quantizers.cross import CrossQuantizer, kernel_share
 from lightning_quant.quantizers.floating import FloatQuantizer, float_grid, float_max, float_quantize
 from lightning_quant.quantizers.histogram import Histogram
 from lightning_quant.quantizers.learned import LearnedQuantizer, scale_gradient
@@ -27,6 +28,7 @@ from lightning_quant.quantizers.uniform import UniformQuantizer, dequantize, fak
 
 __all__ = [
     "ArctangentQuantizer",
+    "CrossQuantizer",
     "Distribution",
     "FloatQuantizer",
     "Histogram",
@@ -51,6 +53,7 @@ __all__ = [
     "float_max",
     "float_quantize",
     "from_steps",
+    "kernel_share",
     "levels",
     "log_dequantize",
     "log_dequantize_by_parity",
