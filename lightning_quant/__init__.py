@@ -8,6 +8,7 @@ from lightning_quant.calibration import TokenWindows
 from lightning_quant.callbacks import (
     GPTQ,
     HTQ,
+    LLMFP4,
     MGRQ,
     OSAQ,
     PMQ,
@@ -55,6 +56,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GPTQ",
     "HTQ",
+    "LLMFP4",
     "MGRQ",
     "OSAQ",
     "PMQ",

@@ -9,6 +9,7 @@ from lightning_quant.callbacks.fidelity import Fidelity
 from lightning_quant.callbacks.gptq import GPTQ
 from lightning_quant.callbacks.htq import HTQ
 from lightning_quant.callbacks.kernel_swap import KernelSwap
+from lightning_quant.callbacks.llm_fp4 import LLMFP4
 from lightning_quant.callbacks.lorc import LoRC
 from lightning_quant.callbacks.lrp_qvit import LRPQViT
 from lightning_quant.callbacks.magnitude_pruning import MagnitudePruning
@@ -35,6 +36,7 @@ from lightning_quant.callbacks.wanda import Wanda
 __all__ = [
     "GPTQ",
     "HTQ",
+    "LLMFP4",
     "MGRQ",
     "OSAQ",
     "PMQ",
