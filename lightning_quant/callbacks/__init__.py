@@ -25,6 +25,7 @@ from lightning_quant.callbacks.quantization_aware_training import QuantizationAw
 from lightning_quant.callbacks.rectified_sparse_attention import RectifiedSparseAttention
 from lightning_quant.callbacks.repq_vit import RepQViT
 from lightning_quant.callbacks.repquant import RepQuant
+from lightning_quant.callbacks.roofline import Roofline
 from lightning_quant.callbacks.rotated_ptq import RotatedPTQ
 from lightning_quant.callbacks.rsq import RSQ
 from lightning_quant.callbacks.smooth_quant import SmoothQuant
@@ -60,6 +61,7 @@ __all__ = [
     "RectifiedSparseAttention",
     "RepQViT",
     "RepQuant",
+    "Roofline",
     "RotatedPTQ",
     "SmoothQuant",
     "SparseGPT",

@@ -30,8 +30,8 @@ class CrossQuant(PostTrainingQuantization):
     clipped.
 
     Only layers with channels on the last axis have such inputs; others have one static range for the whole tensor.
-    On stories260K, which has no loud channels, it loses: perplexity at W8A8 is 3.58 where a scale per token has 3.56, and
-    17.0 against 4.8 at W8A4 (float 3.55). It is for models in which a few channels dwarf the others.
+    On stories260K, which has no loud channels, it loses: perplexity at W8A8 is 3.58 where a scale per token has 3.56,
+    and 17.0 against 4.8 at W8A4 (float 3.55). It is for models in which a few channels dwarf the others.
 
     The arithmetic is simulated: no kernel has the channels' factor folded into its weights yet.
 

@@ -3,27 +3,38 @@
 from lightning_quant.graph.attention import AttentionCalls
 from lightning_quant.graph.costs import Cost
 from lightning_quant.graph.norms import Modulation, NormPair, Rows
+from lightning_quant.graph.operators import Operator, Traced, trace_operators
 from lightning_quant.graph.patterns import attention_name, matches, matching
 from lightning_quant.graph.residual import HeadPair, Residual, residual_stream
+from lightning_quant.graph.roofline import Bits, Machine, Work, kv_bytes, machine_table, work
 from lightning_quant.graph.select import Selection, select
 from lightning_quant.graph.trace import ModelGraph, trace
 from lightning_quant.graph.units import units_of
 
 __all__ = [
     "AttentionCalls",
+    "Bits",
     "Cost",
     "HeadPair",
+    "Machine",
     "ModelGraph",
     "Modulation",
     "NormPair",
+    "Operator",
     "Residual",
     "Rows",
     "Selection",
+    "Traced",
+    "Work",
     "attention_name",
+    "kv_bytes",
+    "machine_table",
     "matches",
     "matching",
     "residual_stream",
     "select",
     "trace",
+    "trace_operators",
     "units_of",
+    "work",
 ]
