@@ -93,7 +93,7 @@ class ActivationStatistics:
         """The magnitude that a share ``q`` of the numbers does not exceed: the upper end of its bin."""
         below = self.histogram.cumsum(0)
         place = int(torch.searchsorted(below, torch.tensor(math.ceil(q * self.count))))
-        return min(10.0 ** (LOWEST + (place + 1) / BINS_A_DECADE), self.absmax)
+        return float(min(10.0 ** (LOWEST + (place + 1) / BINS_A_DECADE), self.absmax))
 
 
 def jaccard(one: set[int], other: set[int]) -> float:
