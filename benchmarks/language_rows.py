@@ -1,0 +1,128 @@
+"""The rows of the table of language models: which callbacks, one or several, at which bits or in which pattern."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import lightning as L
+
+import lightning_quant
+
+# Columns: weights alone, weights and inputs; and patterns of pruning.
+WEIGHTS, BOTH, PATTERNS = ("W4A32", "W3A32", "W2A32"), ("W8A8", "W4A8", "W4A4"), ("50%", "2:4", "4:8")
+# stories260K has 172 inputs in some layers, which no group divides; SmolLM2 has 576 and 1,536.
+FORMATS = {"stories260K": "_asym", "SmolLM2-135M": "_asym_g64"}
+SAMPLES = {"calibration_samples": 32}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One callback of a method: its name, what it quantizes, and its arguments beside that.
+
+    Args:
+        callback: its name in lightning_quant.
+        arguments: of the callback.
+        weights: whether it is given the format of the weights.
+        activations: whether it is given the format of the activations.
+        pattern: whether it is given the pattern of pruning.
+    """
+
+    callback: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weights: bool = True
+    activations: bool = True
+    pattern: bool = False
+
+
+_SKIP = {"skip": ["*lm_head"]}  # GPTQ and its kin leave the head float by themselves
+_EXTREMES = {"ranges": "minmax", **_SKIP}  # where GPTQ begins, too
+LANGUAGE: dict[str, list[Step]] = {
+    "nearest": [Step("PostTrainingQuantization", {**_EXTREMES, "attention": False})],
+    "GPTQ": [Step("GPTQ", {"attention": False})],
+    "OSAQ + nearest": [Step("OSAQ", {"solver": "nearest", "attention": False})],
+    "OSAQ + GPTQ": [Step("OSAQ", {"solver": "gptq", "attention": False})],
+    "RSQ": [Step("RSQ", {"attention": False})],
+    "LoRC": [Step("LoRC", {"attention": False})],
+    "rotated": [Step("RotatedPTQ", _EXTREMES)],
+    "rotated + GPTQ": [Step("RotatedPTQ", {"solver": "gptq", **_EXTREMES})],
+    "SmoothQuant": [Step("SmoothQuant", _SKIP)],
+}
+PRUNING: dict[str, list[Step]] = {
+    "magnitude": [Step("MagnitudePruning", _SKIP, pattern=True)],
+    "Wanda": [Step("Wanda", pattern=True)],
+    "SparseGPT": [Step("SparseGPT", pattern=True)],
+    **{
+        f"{name} + SI": [Step("SparsityInduction", {"host": name.lower()}, pattern=True)]
+        for name in ("magnitude", "Wanda", "SparseGPT")
+    },
+}
+ALL_LANGUAGE = LANGUAGE | PRUNING
+
+
+class LanguageRow(NamedTuple):
+    """One figure of the table of language models.
+
+    Args:
+        model: name of the subject.
+        method: name of the method, or ``"float"``.
+        bits: ``W4A32`` or a pattern; 32 bits are float.
+        draw: there is but one.
+    """
+
+    model: str
+    method: str
+    bits: str
+    draw: int = 0
+
+    @property
+    def name(self) -> str:
+        """What ``--only`` matches."""
+        return f"{self.method} {self.bits} {self.model}"
+
+    def matches(self, patterns: list[str]) -> bool:
+        """Whether the name begins as one of the patterns says; none lets all through."""
+        return not patterns or any(fnmatchcase(self.name.lower(), f"{pattern.lower()}*") for pattern in patterns)
+
+    @property
+    def settings(self) -> str:
+        """The callbacks and their arguments beside the bits, as code."""
+        return " + ".join(
+            f"{step.callback}({', '.join(f'{name}={value!r}' for name, value in (step.arguments | SAMPLES).items())})"
+            for step in self._steps
+        )
+
+    def callbacks(self) -> list[L.Callback]:
+        """The callbacks; none for the float model."""
+        return [
+            getattr(lightning_quant, step.callback)(**self._formats(step), **step.arguments, **SAMPLES)
+            for step in self._steps
+        ]
+
+    @property
+    def _steps(self) -> list[Step]:
+        return [] if self.method == "float" else ALL_LANGUAGE[self.method]
+
+    def _formats(self, step: Step) -> dict[str, Any]:
+        if step.pattern:
+            return {"pattern": 0.5 if self.bits == "50%" else self.bits}
+        weights, activations = self.bits[1:].split("A")
+        weight = f"int{weights}{FORMATS[self.model]}"
+        given = {"weights": weight if step.weights else None}
+        given["activations"] = f"int{activations}_token_dynamic" if step.activations and activations != "32" else None
+        return given
+
+
+def language_rows() -> list[LanguageRow]:
+    """All rows, those of the small model first; a callback that is not there yet has none."""
+
+    def there(methods: dict[str, list[Step]]) -> list[str]:
+        return [name for name, steps in methods.items() if all(hasattr(lightning_quant, s.callback) for s in steps)]
+
+    found = [LanguageRow(model, "float", "W32A32") for model in FORMATS]
+    for model in FORMATS:
+        found += [LanguageRow(model, method, bits) for bits in WEIGHTS + BOTH for method in there(LANGUAGE)]
+        found += [LanguageRow(model, method, pattern) for pattern in PATTERNS for method in there(PRUNING)]
+    # smoothing without inputs that are quantized changes little, and is not what it is for
+    return [row for row in found if row.method != "SmoothQuant" or row.bits in BOTH]
