@@ -4,7 +4,7 @@
 >>> callback = RepQViT(weights="int4", activations="int4")
 """
 
-from lightning_quant.calibration import TokenWindows
+from lightning_quant.calibration import TokenWindows, Trajectory
 from lightning_quant.callbacks import (
     GPTQ,
     HTQ,
@@ -18,6 +18,7 @@ from lightning_quant.callbacks import (
     CrossQuant,
     DopQViT,
     FairGPTQ,
+    FeatureCache,
     Fidelity,
     KernelSwap,
     LoRC,
@@ -50,7 +51,14 @@ from lightning_quant.metrics import (
     PredictionDivergence,
     TopOneAgreement,
 )
-from lightning_quant.modules import CalibrationMixin, LanguageMixin, LanguageModule, ReconstructionStage
+from lightning_quant.modules import (
+    CalibrationMixin,
+    DiffusionMixin,
+    DiffusionModule,
+    LanguageMixin,
+    LanguageModule,
+    ReconstructionStage,
+)
 from lightning_quant.quantizers import Scheme
 from lightning_quant.solvers import Reconstruction
 
@@ -69,8 +77,11 @@ __all__ = [
     "CalibrationSensitivity",
     "CosineFidelity",
     "CrossQuant",
+    "DiffusionMixin",
+    "DiffusionModule",
     "DopQViT",
     "FairGPTQ",
+    "FeatureCache",
     "Fidelity",
     "KernelSwap",
     "LRPQViT",
@@ -101,6 +112,7 @@ __all__ = [
     "SparsityInduction",
     "TokenWindows",
     "TopOneAgreement",
+    "Trajectory",
     "UniformAttention",
     "Wanda",
     "load_quantized",

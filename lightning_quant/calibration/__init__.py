@@ -11,6 +11,7 @@ from lightning_quant.calibration.hessians import Hessian, input_rows
 from lightning_quant.calibration.moments import Moments
 from lightning_quant.calibration.observing import fitted_in_stream, observed, reached
 from lightning_quant.calibration.outputs import sample_output
+from lightning_quant.calibration.progress import progress_bar
 from lightning_quant.calibration.ranks import (
     from_other_ranks,
     mean_across_ranks,
@@ -21,21 +22,25 @@ from lightning_quant.calibration.recording import Call, Signature, hooked_output
 from lightning_quant.calibration.samples import first_samples, reordered, sample_count
 from lightning_quant.calibration.token_weights import attention_received, column_sums, token_weights
 from lightning_quant.calibration.tokens import TokenWindows
+from lightning_quant.calibration.trajectory import Moment, Trajectory, evenly, trajectory_seeds
 from lightning_quant.calibration.undisturbed import undisturbed
 
 __all__ = [
     "CalibrationBatches",
     "Call",
     "Hessian",
+    "Moment",
     "Moments",
     "SampleCache",
     "Signature",
     "TokenWindows",
+    "Trajectory",
     "attention_received",
     "channel_extremes",
     "check_feedable",
     "column_sums",
     "draw_training_batches_from",
+    "evenly",
     "feed",
     "feeder_name",
     "first_samples",
@@ -46,6 +51,7 @@ __all__ = [
     "mean_across_ranks",
     "merge_across_ranks",
     "observed",
+    "progress_bar",
     "reached",
     "record",
     "reordered",
@@ -56,5 +62,6 @@ __all__ = [
     "signature",
     "sum_across_ranks",
     "token_weights",
+    "trajectory_seeds",
     "undisturbed",
 ]

@@ -267,19 +267,21 @@ class _Found(NamedTuple):
 
 def _find_loader(trainer: pl.Trainer, pl_module: pl.LightningModule, wanted: Any) -> _Found:
     if not isinstance(wanted, str):
-        return _given_loader(wanted)
-    if wanted not in ("auto", "train", "val"):
+        return _given_loader(trainer, pl_module, wanted)
+    if wanted not in ("auto", "train", "val", "loops"):
         raise ValueError(f"calibration_loader={wanted!r} is none of 'auto', 'train' and 'val'.")
     if wanted == "auto":
         # The trainer keeps the datamodule of an earlier run; the loops' data source knows that of this run.
         for owner in (trainer.fit_loop._data_source.instance, pl_module):
             make = getattr(owner, "calibration_dataloader", None)
             if isinstance(owner, (pl.LightningDataModule, pl.LightningModule)) and callable(make):
-                return _given_loader(make, name=f"calibration_dataloader() of {type(owner).__name__}")
+                return _given_loader(
+                    trainer, pl_module, make, name=f"calibration_dataloader() of {type(owner).__name__}"
+                )
     passed_over: list[str] = []
     sources = {"train": trainer.fit_loop._data_source, "val": trainer.validate_loop._data_source}
     for stage, name in (("train", "the train loader"), ("val", "the validation loader")):
-        if wanted in ("auto", stage):
+        if wanted in ("auto", "loops", stage):  # "loops": for what calibration_dataloader() itself draws from
             found, reason = _loader_of_loop(sources[stage], name, several=stage == "val")
             if found is not None:
                 return found._replace(passed_over=tuple(passed_over))
@@ -308,9 +310,11 @@ def _loader_of_loop(source: Any, name: str, several: bool) -> tuple[_Found | Non
     return _Found(loaders[0], name, unshuffle=True), ""
 
 
-def _given_loader(given: Any, name: str = "") -> _Found:
+def _given_loader(trainer: pl.Trainer, pl_module: pl.LightningModule, given: Any, name: str = "") -> _Found:
     make = given if callable(given) and not isinstance(given, Iterable) else None
     loader = given if make is None else make()
+    if hasattr(loader, "recorded"):  # a Trajectory, which samples from the module
+        return _Found(loader.recorded(trainer, pl_module), "recorded trajectories of the float model")
     name = name or f"the {type(loader).__name__} {'given' if make is None else 'that the given function returns'}"
     parts = loader.flattened if isinstance(loader, CombinedLoader) else loader
     collection = isinstance(parts, (list, tuple)) and any(isinstance(part, DataLoader) for part in parts)

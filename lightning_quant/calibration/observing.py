@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from lightning_quant.calibration.ranks import from_other_ranks
-from lightning_quant.quantizers import Observer, Quantizer, RangeRule
+from lightning_quant.quantizers import Observer, Quantizer, RangeRule, StepObserver, StepQuantizer
 
 
 @contextmanager
@@ -40,7 +40,11 @@ def observed(quantizers: Mapping[str, Quantizer], rule: RangeRule) -> Iterator[N
     A quantizer that nothing reached on any rank stays uncalibrated. After an exception nothing is frozen.
     """
     observers = {
-        name: Observer(quantizer, rule, name) for name, quantizer in quantizers.items() if not quantizer.calibrated
+        name: StepObserver(quantizer, rule, name)
+        if isinstance(quantizer, StepQuantizer)
+        else Observer(quantizer, rule, name)
+        for name, quantizer in quantizers.items()
+        if not quantizer.calibrated
     }
     try:
         for name, observer in observers.items():

@@ -6,6 +6,7 @@ from lightning_quant.callbacks.calibration_sensitivity import CalibrationSensiti
 from lightning_quant.callbacks.crossquant import CrossQuant
 from lightning_quant.callbacks.dopq_vit import DopQViT
 from lightning_quant.callbacks.fair_gptq import FairGPTQ
+from lightning_quant.callbacks.feature_cache import FeatureCache
 from lightning_quant.callbacks.fidelity import Fidelity
 from lightning_quant.callbacks.gptq import GPTQ
 from lightning_quant.callbacks.htq import HTQ
@@ -48,6 +49,7 @@ __all__ = [
     "CrossQuant",
     "DopQViT",
     "FairGPTQ",
+    "FeatureCache",
     "Fidelity",
     "KernelSwap",
     "LRPQViT",

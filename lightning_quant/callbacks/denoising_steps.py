@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+from lightning_quant.layers import given_timesteps, timestep_argument
 
 
 class DenoisingSteps:
@@ -44,19 +43,17 @@ class DenoisingSteps:
 
     def watch(self, model: nn.Module, sites: Iterable[str]) -> list[str]:
         """Follow the outermost networks that hold these attention sites and take a timestep; their names."""
-        denoisers: dict[str, str] = {}  # name -> argument
+        denoisers: dict[str, nn.Module] = {}
         for site in sites:
             parts = site.split(".")
             for end in range(1, len(parts) + 1):
                 name = ".".join(parts[:end])
-                taken = inspect.signature(model.get_submodule(name).forward).parameters
-                argument = next((argument for argument in TIMESTEP_NAMES if argument in taken), None)
-                if argument is not None:
-                    denoisers[name] = argument
+                module = model.get_submodule(name)
+                if timestep_argument(module) is not None:
+                    denoisers[name] = module
                     break
-        for name, argument in denoisers.items():
-            denoiser = model.get_submodule(name)
-            self._handles.append(denoiser.register_forward_pre_hook(self._hook(argument), with_kwargs=True))
+        for denoiser in denoisers.values():
+            self._handles.append(denoiser.register_forward_pre_hook(self._hook, with_kwargs=True))
         return list(denoisers)
 
     def forget(self) -> None:
@@ -64,10 +61,7 @@ class DenoisingSteps:
         while self._handles:
             self._handles.pop().remove()
 
-    def _hook(self, argument: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get(argument)
-            if given is not None:
-                self.see(float(given.flatten()[0]) if isinstance(given, Tensor) else float(given))
-
-        return hook
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timesteps = given_timesteps(module, args, kwargs)
+        if timesteps:
+            self.see(timesteps[0])

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_quant.calibration import check_feedable, feed, feeder_name, undisturbed
-from lightning_quant.layers import as_float
+from lightning_quant.layers import as_float, is_altered
 from lightning_quant.metrics import (
     SQNR,
     CosineFidelity,
@@ -23,7 +23,6 @@ from lightning_quant.metrics import (
     PredictionDivergence,
     TopOneAgreement,
 )
-from lightning_quant.quantizers import Mask, Quantizer
 
 METRICS: dict[str, Callable[[], Metric]] = {
     "sqnr": SQNR,
@@ -144,7 +143,7 @@ class Fidelity(Callback):
 
     def _start(self, pl_module: LightningModule, dataloaders: int) -> None:
         self.collections = []
-        if dataloaders and not _is_quantized(pl_module):
+        if dataloaders and not is_altered(pl_module):
             if not self._warned:
                 rank_zero_warn(
                     f"Fidelity compares nothing: no layer of this {type(pl_module).__name__} is quantized. Add a "
@@ -213,10 +212,6 @@ def _apart(pl_module: LightningModule) -> Iterator[None]:
     inference = torch.is_inference_mode_enabled()
     with undisturbed(pl_module), torch.inference_mode() if inference else nullcontext():
         yield
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    return any(isinstance(child, (Mask, Quantizer)) and child.calibrated for child in module.modules())
 
 
 def _labels(batch: Any, target: int | str) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_quant.calibration import observed, reached
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.formats import Formats
+from lightning_quant.callbacks.step_tables import check_groups, step_plan
 from lightning_quant.graph import ModelGraph
 from lightning_quant.layers import Plan
 from lightning_quant.quantizers import RangeRule
@@ -34,6 +35,10 @@ class PostTrainingQuantization(QuantizationCallback):
         first_last: format of the first and the last layer, ``None`` for no exemption.
         embeddings: format of embedding tables, ``None`` leaves them float.
         overrides: format of single layers by name pattern, ``{"blocks.0.*": "int8"}``, for weights and inputs.
+        per_step: of a model that samples (:class:`~lightning_quant.DiffusionModule`): ``True`` gives every activation a
+            range for each step of the trajectory, a number one for each of so many groups of steps that follow each
+            other; what the calibration data does not meet shares the range of the nearest step that it does. Ranges
+            for another schedule are refused.
         common: ``target``, ``skip``, ``calibration_samples``, ``calibration_loader``, ``during_fit``,
             ``reconstruct``: see :class:`~lightning_quant.callbacks.base.QuantizationCallback`.
 
@@ -57,19 +62,28 @@ class PostTrainingQuantization(QuantizationCallback):
         first_last: str | None = None,
         embeddings: str | None = None,
         overrides: Mapping[str, str] | None = None,
+        per_step: bool | int = False,
         **common: Any,
     ) -> None:
         formats = Formats(
             weights, activations, None, first_last, embeddings, dict(overrides or {}), required=not self.rewrites_alone
         )
         super().__init__(formats, attention, **common)
+        check_groups(per_step)
+        self.per_step = per_step
         self.ranges = ranges
         self.rule = RangeRule.parse(ranges)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What decides the result."""
-        return {**super().arguments, "ranges": self.ranges}
+        return {**super().arguments, "ranges": self.ranges, "per_step": self.per_step}
+
+    def plan_for(self, model: nn.Module, graph: ModelGraph) -> Plan:
+        """Choose the formats, and what depends on the step."""
+        plan = super().plan_for(model, graph)
+        plan.steps = step_plan(model, plan, self.per_step)
+        return plan
 
     def calibrate_plan(
         self, model: nn.Module, plan: Plan, graph: ModelGraph, batches: Iterable[Any], run: Callable[[Any], Any]

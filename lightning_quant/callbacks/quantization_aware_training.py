@@ -92,8 +92,8 @@ class QuantizationAwareTraining(PostTrainingQuantization):
         calibration_samples: int = 32,
         calibration_loader: Literal["auto", "train", "val"] | Iterable[Any] | Callable[[], Iterable[Any]] = "auto",
     ) -> None:
-        places = {"target": target, "skip": skip}
-        batches = {"calibration_samples": calibration_samples, "calibration_loader": calibration_loader}
+        places: dict[str, Any] = {"target": target, "skip": skip}
+        batches: dict[str, Any] = {"calibration_samples": calibration_samples, "calibration_loader": calibration_loader}
         super().__init__(
             weights, activations, ranges, attention, first_last, embeddings, overrides, **places, **batches
         )

@@ -1,6 +1,7 @@
 """Read-only knowledge of a model."""
 
 from lightning_quant.graph.attention import AttentionCalls
+from lightning_quant.graph.cache_points import CachePoint, find_cache_point
 from lightning_quant.graph.costs import Cost
 from lightning_quant.graph.norms import Modulation, NormPair, Rows
 from lightning_quant.graph.operators import Operator, Traced, trace_operators
@@ -14,6 +15,7 @@ from lightning_quant.graph.units import units_of
 __all__ = [
     "AttentionCalls",
     "Bits",
+    "CachePoint",
     "Cost",
     "HeadPair",
     "Machine",
@@ -27,6 +29,7 @@ __all__ = [
     "Traced",
     "Work",
     "attention_name",
+    "find_cache_point",
     "kv_bytes",
     "machine_table",
     "matches",

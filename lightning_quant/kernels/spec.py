@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_quant.layers import QuantizedLayer
-from lightning_quant.quantizers import LearnedQuantizer, Quantizer, Scheme, UniformQuantizer
+from lightning_quant.quantizers import LearnedQuantizer, Quantizer, Scheme, StepQuantizer, UniformQuantizer
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class LayerSpec:
         weights: format of the weight, ``None`` for float.
         inputs: format of the input, ``None`` for float.
         plain: whether both are plain grids: no noise, no fractional zero points, no weight shared by two formats.
+        stepwise: whether the input's scale depends on the step of a denoising trajectory.
         conv: stride, padding, dilation, groups and padding mode of a convolution.
     """
 
@@ -35,6 +36,7 @@ class LayerSpec:
     inputs: Scheme | None
     plain: bool = True
     conv: tuple[Any, ...] | None = None
+    stepwise: bool = False
 
     @classmethod
     def of(cls, layer: QuantizedLayer) -> LayerSpec:
@@ -57,6 +59,7 @@ class LayerSpec:
             layer.low_rank_branch() is None
             and all(quantizer is None or _is_plain(quantizer) for quantizer in (weights, inputs)),
             conv,
+            isinstance(inputs, StepQuantizer),
         )
 
     @property
@@ -71,6 +74,8 @@ class LayerSpec:
                 return f"its {what} are float"
             if scheme.kind != "int" or scheme.bits > 8:
                 return f"its {what} are {scheme}"
+        if self.stepwise:
+            return "the scale of its input depends on the step of the trajectory"
         return None if self.plain else "its grid has noise, a fractional zero point or a branch beside it"
 
 

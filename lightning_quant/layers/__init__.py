@@ -3,8 +3,18 @@
 from lightning_quant.layers.as_it_was import WeightsAsTheyWere
 from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer
+from lightning_quant.layers.cached import (
+    CachedModule,
+    KeptFeatures,
+    cache_modules,
+    caches,
+    deep_feature,
+    on_trajectory,
+    stop_caching,
+)
 from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
-from lightning_quant.layers.float_twin import as_float
+from lightning_quant.layers.denoiser import call_denoiser, given_timesteps, timestep_argument
+from lightning_quant.layers.float_twin import as_float, is_altered
 from lightning_quant.layers.hadamard import hadamard, has_hadamard
 from lightning_quant.layers.learning import (
     learn_scale,
@@ -21,6 +31,7 @@ from lightning_quant.layers.patch_bits import PatchBits
 from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
 from lightning_quant.layers.rotation import Rotation, RotationPlan, any_kind, rotates
 from lightning_quant.layers.routing import MATMULS, SOFTMAXES, AttentionSite, softmax_is_last
+from lightning_quant.layers.steps import StepPlan, require_schedule
 from lightning_quant.layers.structure import structure_kept
 from lightning_quant.layers.swap import (
     create_bias,
@@ -41,6 +52,8 @@ __all__ = [
     "AttentionPlan",
     "AttentionSchemes",
     "AttentionSite",
+    "CachedModule",
+    "KeptFeatures",
     "LayerPlan",
     "LowRank",
     "PatchBits",
@@ -54,27 +67,38 @@ __all__ = [
     "QuantizedLayer",
     "Rotation",
     "RotationPlan",
+    "StepPlan",
     "WeightsAsTheyWere",
     "any_kind",
     "as_float",
+    "cache_modules",
+    "caches",
+    "call_denoiser",
     "create_bias",
     "created_biases",
+    "deep_feature",
     "drop_bias",
+    "given_timesteps",
     "hadamard",
     "has_hadamard",
+    "is_altered",
     "learn_scale",
     "learn_scales",
     "learned_parameters",
     "learned_quantizers",
+    "on_trajectory",
     "quantize_attention",
     "quantize_layer",
     "release",
+    "require_schedule",
     "restore",
     "rotates",
     "settle_scale",
     "settle_scales",
     "softmax_is_last",
+    "stop_caching",
     "structure_kept",
+    "timestep_argument",
     "twin_of",
     "weight_rows",
     "why_not_swappable",

@@ -15,6 +15,7 @@ from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer
 from lightning_quant.layers.rotation import RotationPlan
 from lightning_quant.layers.routing import AttentionSite
+from lightning_quant.layers.steps import StepPlan
 from lightning_quant.layers.swap import (
     create_bias,
     drop_bias,
@@ -89,6 +90,7 @@ class Plan:
         skipped: why a layer stays float, by layer name.
         calibration: on how many samples it was calibrated and where these came from, in words.
         step: what was done to float weights: ``"rewrite"``, ``"absorb"`` or ``"decide"``.
+        steps: which scales depend on the step of a denoising trajectory, ``None`` for none.
 
     >>> net = nn.Sequential(nn.Linear(4, 2))
     >>> plan = Plan("Demo", {}, layers={"0": LayerPlan("int8_sym_channel", None)})
@@ -111,6 +113,7 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
     calibration: str = ""
     step: str = "decide"
+    steps: StepPlan | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as nested dicts, for JSON."""
@@ -122,7 +125,9 @@ class Plan:
         layers = {name: LayerPlan(**layer) for name, layer in stored["layers"].items()}
         attention = {name: AttentionPlan(**site) for name, site in stored["attention"].items()}
         rotations = [RotationPlan.from_dict(rotation) for rotation in stored.get("rotations", ())]
-        return cls(**{**stored, "layers": layers, "attention": attention, "rotations": rotations})
+        steps = StepPlan(**stored["steps"]) if stored.get("steps") else None
+        parts = {"layers": layers, "attention": attention, "rotations": rotations, "steps": steps}
+        return cls(**{**stored, **parts})
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that lacks a planned layer, before anything is changed.
@@ -132,7 +137,8 @@ class Plan:
         """
         modules = dict(model.named_modules())
         rotated = [name for rotation in self.rotations for name in rotation.names]
-        for name in [*self.layers, *self.attention, *self.created, *rotated]:
+        steps = [] if self.steps is None else [self.steps.denoiser, *self.steps.owners]
+        for name in [*self.layers, *self.attention, *self.created, *rotated, *steps]:
             if name not in modules:
                 raise ValueError(
                     f"the plan of {self.method} names a layer `{name}`, which {type(model).__name__} does not have"
@@ -176,6 +182,8 @@ class Plan:
         for name in self.created:
             module = model.get_submodule(name)
             create_bias(module, like=weight_rows(module).reshape(len(weight_rows(module)), -1)[:, 0])
+        if self.steps is not None:
+            self.steps.apply(model)
 
     def undo(self, model: nn.Module) -> None:
         """Take out what was planned; Parameters stay as they are, created biases too."""
@@ -188,6 +196,8 @@ class Plan:
                 release(modules[name], layer.slots)
         for rotation in self.rotations:
             rotation.take_offline(model)
+        if self.steps is not None:
+            self.steps.undo(model)
 
     def forget_created(self, model: nn.Module) -> None:
         """Take the created biases away, because float weights that never knew them are to be loaded."""
@@ -205,6 +215,8 @@ class Plan:
         if layer is not None:
             release(module, layer.slots)
         self.skipped[name] = why
+        if self.steps is not None and name in self.steps.owners:
+            self.steps.owners.remove(name)
 
     def modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """The planned layers and attention sites, by name.

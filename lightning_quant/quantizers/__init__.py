@@ -22,6 +22,7 @@ from lightning_quant.quantizers.quantiles import quantile
 from lightning_quant.quantizers.ranges import Distribution, RangeRule, search
 from lightning_quant.quantizers.scheme import Scheme
 from lightning_quant.quantizers.sparse import Mask, Pattern
+from lightning_quant.quantizers.steps import StepObserver, StepQuantizer, Steps
 from lightning_quant.quantizers.tangent import ArctangentQuantizer, TangentQuantizer, bend, unbend
 from lightning_quant.quantizers.twin import TwinQuantizer, UnsignedTwinQuantizer
 from lightning_quant.quantizers.uniform import UniformQuantizer, dequantize, fake_quantize, quantize, uniform_state
@@ -41,6 +42,9 @@ __all__ = [
     "Quantizer",
     "RangeRule",
     "Scheme",
+    "StepObserver",
+    "StepQuantizer",
+    "Steps",
     "TangentQuantizer",
     "TwinQuantizer",
     "UniformQuantizer",

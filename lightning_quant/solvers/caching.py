@@ -1,0 +1,125 @@
+"""When to refresh a cached feature, and how to correct it in between: dynamic programming and least squares."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_quant.layers.cached import channel_axis
+
+
+def cheapest_groups(
+    cost: Callable[[int, int], float], steps: int, groups: int, shortest: int, longest: int
+) -> list[int]:
+    r"""Cut steps into groups that follow each other, so that the costs of the groups add up to the least.
+
+    .. math:: L(n, k) = \min_{j} \, L(j, k - 1) + D(j, n), \qquad m \le n - j \le M
+
+    Args:
+        cost: D(i, j), the cost of the group of the steps i to j - 1.
+        steps: how many there are.
+        groups: how many groups.
+        shortest: m, the length of a group at least.
+        longest: M, the length of a group at most.
+
+    Returns:
+        the first step of each group.
+
+    Raises:
+        ValueError: if there are no such groups.
+
+    >>> cheapest_groups(lambda i, j: (j - i) ** 2, steps=6, groups=3, shortest=1, longest=6)
+    [0, 2, 4]
+    """
+    if not groups * shortest <= steps <= groups * longest:
+        raise ValueError(f"{steps} steps cannot be cut into {groups} groups of {shortest} to {longest}")
+    best = [[math.inf] * (steps + 1) for _ in range(groups + 1)]
+    start = [[0] * (steps + 1) for _ in range(groups + 1)]
+    best[0][0] = 0.0
+    for k in range(1, groups + 1):
+        for n in range(k * shortest, min(k * longest, steps) + 1):
+            for j in range(max(0, n - longest), n - shortest + 1):
+                if best[k - 1][j] < math.inf and best[k - 1][j] + (together := cost(j, n)) < best[k][n]:
+                    best[k][n], start[k][n] = best[k - 1][j] + together, j
+    firsts, n = [], steps
+    for k in range(groups, 0, -1):
+        n = start[k][n]
+        firsts.append(n)
+    return firsts[::-1]
+
+
+class FeaturePairs:
+    r"""How the features of nearby steps are related, over many trajectories: distances and moments of each channel.
+
+    Memory is ``window`` features of one batch, and a few numbers for each channel and each pair of steps at most
+    ``window`` apart.
+
+    Args:
+        steps: of a trajectory.
+        window: how many steps a feature may be used for.
+    """
+
+    def __init__(self, steps: int, window: int) -> None:
+        self.steps, self.window = steps, window
+        self.distances = torch.zeros(steps, steps, dtype=torch.float64)
+        self.sums: dict[tuple[int, int], Tensor] = {}  # (5, channels): count, x, y, xx, xy
+        self._recent: deque[tuple[int, Tensor]] = deque(maxlen=window)
+
+    def add(self, step: int, feature: Tensor) -> None:
+        """Take in the feature of one step of a batch of trajectories; the first step begins new ones."""
+        if step == 0:
+            self._recent.clear()
+        self._recent.append((step, feature))
+        y = _by_channel(feature)
+        for before, kept in self._recent:
+            x = _by_channel(kept)
+            self.distances[before, step] += float((y - x).abs().sum(dtype=torch.float64))
+            count = torch.full((len(x),), float(x.shape[1]), dtype=torch.float64, device=x.device)
+            sums = torch.stack([count, x.sum(1), y.sum(1), (x * x).sum(1), (x * y).sum(1)])
+            pair = (before, step)
+            self.sums[pair] = self.sums[pair] + sums if pair in self.sums else sums
+
+    def state(self) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
+        """What was seen, for other ranks."""
+        return self.distances, self.sums
+
+    def merge(self, state: tuple[Tensor, dict[tuple[int, int], Tensor]]) -> None:
+        """Take in what another rank has seen."""
+        self.distances = self.distances + state[0].to(self.distances)
+        for pair, sums in state[1].items():
+            self.sums[pair] = self.sums[pair] + sums if pair in self.sums else sums
+
+    def cost(self, first: int, end: int) -> float:
+        """What it costs to use the feature of the first step until before the end: the sum of absolute differences."""
+        return float(self.distances[first, first:end].sum())
+
+    def schedule(self, interval: int) -> list[int]:
+        """The steps to refresh at, as many as every ``interval``-th, that cost the least.
+
+        Groups have at least half and at most twice as many steps as the interval.
+        """
+        groups = -(-self.steps // interval)
+        shortest = min((interval + 1) // 2, self.steps // groups)
+        return cheapest_groups(self.cost, self.steps, groups, shortest, 2 * interval)
+
+    def correction(self, before: int, step: int) -> tuple[Tensor, Tensor]:
+        r"""The factor and the addend of each channel that bring a kept feature nearest to that of a step.
+
+        .. math:: a = \mathrm{Cov}(x, y) / \mathrm{Var}(x), \qquad b = \bar y - a \bar x
+
+        A channel that never changes is only shifted.
+        """
+        count, x, y, xx, xy = self.sums[before, step]
+        variance, covariance = xx / count - (x / count) ** 2, xy / count - x * y / count**2
+        flat = variance <= 1e-12 * (xx / count)
+        scale = torch.where(flat, 1.0, covariance / torch.where(flat, 1.0, variance))
+        return scale, y / count - scale * x / count
+
+
+def _by_channel(feature: Tensor) -> Tensor:
+    """(channels, everything else) in float64."""
+    return feature.movedim(channel_axis(feature), 0).flatten(1).double()
