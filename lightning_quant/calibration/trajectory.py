@@ -61,6 +61,26 @@ def trajectory_seeds(trainer: pl.Trainer, module: Sampler, loader: Any, count: i
     return module.seeds_of(CalibrationBatches(trainer, cast(pl.LightningModule, module), loader, count).merged())
 
 
+class WholeTrajectories:
+    """Seeds and their conditions as calibration batches, for a module that runs them through all their steps.
+
+    Args:
+        loader: where they come from, as :class:`Trajectory` says.
+        count: how many.
+        batch_size: how many at a time.
+    """
+
+    def __init__(self, loader: Any = "auto", count: int = 32, batch_size: int = 32) -> None:
+        self.loader, self.count, self.batch_size = loader, count, batch_size
+
+    def recorded(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> DataLoader[Any]:
+        """The batches: dicts with ``"seed"`` and the conditions."""
+        seeds, conditions = trajectory_seeds(trainer, cast(Sampler, pl_module), self.loader, self.count)
+        batch = {"seed": seeds, **conditions}
+        rows = cast(Any, range(len(seeds)))
+        return DataLoader(rows, batch_size=self.batch_size, collate_fn=lambda chosen: reordered(batch, chosen))
+
+
 Allocation = Callable[[int, int], Sequence[int]]
 
 

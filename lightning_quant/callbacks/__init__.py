@@ -2,6 +2,7 @@
 
 from lightning_quant.callbacks.adaquant import AdaQuant
 from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.cachequant import CacheQuant
 from lightning_quant.callbacks.calibration_sensitivity import CalibrationSensitivity
 from lightning_quant.callbacks.crossquant import CrossQuant
 from lightning_quant.callbacks.dopq_vit import DopQViT
@@ -45,6 +46,7 @@ __all__ = [
     "PMQ",
     "RSQ",
     "AdaQuant",
+    "CacheQuant",
     "CalibrationSensitivity",
     "CrossQuant",
     "DopQViT",

@@ -7,12 +7,13 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_quant.calibration import from_other_ranks, progress_bar, reordered, trajectory_seeds, undisturbed
+from lightning_quant.callbacks.at_first_batch import AtFirstBatch
 from lightning_quant.graph import CachePoint, find_cache_point
 from lightning_quant.layers import KeptFeatures, as_float, cache_modules, deep_feature, stop_caching
 from lightning_quant.modules import DiffusionMixin
@@ -21,7 +22,7 @@ from lightning_quant.solvers import FeaturePairs
 CHUNK = 32  # trajectories that calibration samples at a time
 
 
-class FeatureCache(Callback):
+class FeatureCache(AtFirstBatch):
     r"""Skips the deep part of a denoiser at most steps of a trajectory, and uses what it answered before.
 
     Neighbouring steps see nearly the same image, so what the deep layers make of it hardly changes. At the refresh
@@ -116,42 +117,13 @@ class FeatureCache(Callback):
         if trainer.state.fn == TrainerFn.VALIDATING and self.needs_calibration:
             self.calibrate(trainer, pl_module)
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *where: int) -> None:
-        """Begin at the first batch of a validate: by then every callback has calibrated."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self.begin(pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave nothing behind."""
-        self.end()
-
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to test without calibration."""
-        self._require_calibrated(trainer, pl_module, "test")
-
-    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *where: int) -> None:
-        """Begin at the first batch."""
-        self.begin(pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave nothing behind."""
-        self.end()
+        self.require_calibrated(trainer, pl_module, "test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate where a loader was given for that, or refuse."""
-        self._require_calibrated(trainer, pl_module, "predict")
-
-    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *where: int) -> None:
-        """Begin at the first batch."""
-        self.begin(pl_module)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave nothing behind."""
-        self.end()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lightning calls no other hook after an exception."""
-        self.end()
+        self.require_calibrated(trainer, pl_module, "predict")
 
     def state_dict(self) -> dict[str, Any]:
         """The arguments, and what calibration found."""
@@ -179,7 +151,7 @@ class FeatureCache(Callback):
 
     def calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample with the float model, choose the refresh steps, and find the corrections."""
-        module, point = _sampler(pl_module), self._point(pl_module)
+        module, point = _sampler(pl_module), self.point(pl_module)
         timesteps = module.timesteps
         steps = {timestep: k for k, timestep in enumerate(dict.fromkeys(timesteps))}
         with undisturbed(pl_module), as_float(pl_module):
@@ -212,7 +184,7 @@ class FeatureCache(Callback):
         """Let the deep modules of a model ask before they run."""
         if self._open is not None:
             return
-        module, point = _sampler(pl_module), self._point(pl_module)
+        module, point = _sampler(pl_module), self.point(pl_module)
         if not (self.schedule == "dps" or self.correct):
             self.timesteps = module.timesteps
             self.refresh = self._fixed(len({*self.timesteps}))
@@ -252,10 +224,12 @@ class FeatureCache(Callback):
         fixed = [*self._fixed(steps), steps]
         return max(after - before for before, after in pairwise(fixed))
 
-    def _point(self, pl_module: LightningModule) -> CachePoint:
+    def point(self, pl_module: LightningModule) -> CachePoint:
+        """Where the denoiser is cut."""
         return find_cache_point(_sampler(pl_module).denoiser, self.cache_point)
 
-    def _require_calibrated(self, trainer: Trainer, pl_module: LightningModule, verb: str) -> None:
+    def require_calibrated(self, trainer: Trainer, pl_module: LightningModule, verb: str) -> None:
+        """Calibrate where a loader was given for that, or refuse."""
         if self.needs_calibration and self.calibration_loader == "auto":
             raise RuntimeError(
                 f"FeatureCache(schedule={self.schedule!r}, correct={self.correct}) has to watch trajectories first: "

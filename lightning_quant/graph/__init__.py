@@ -1,7 +1,7 @@
 """Read-only knowledge of a model."""
 
 from lightning_quant.graph.attention import AttentionCalls
-from lightning_quant.graph.cache_points import CachePoint, find_cache_point
+from lightning_quant.graph.cache_points import CachePoint, find_cache_point, readers
 from lightning_quant.graph.costs import Cost
 from lightning_quant.graph.norms import Modulation, NormPair, Rows
 from lightning_quant.graph.operators import Operator, Traced, trace_operators
@@ -34,6 +34,7 @@ __all__ = [
     "machine_table",
     "matches",
     "matching",
+    "readers",
     "residual_stream",
     "select",
     "trace",

@@ -59,6 +59,31 @@ def find_cache_point(denoiser: nn.Module, wanted: str = "auto") -> CachePoint:
     return _in_blocks(denoiser, wanted)
 
 
+def readers(denoiser: nn.Module, point: CachePoint) -> dict[str, int]:
+    """The layers that are linear in the kept feature, or in its norm, and how many of their first channels are it.
+
+    In a U-Net that is the shortcut of the layer that joins the feature with a skip connection; in a transformer the
+    projections to queries, keys and values of the block behind. Names are relative to the denoiser.
+
+    Args:
+        denoiser: the network.
+        point: where it is cut.
+    """
+    modules = dict(denoiser.named_modules())
+    *head, number = point.point.split(".")
+    if point.residual:
+        behind = f"{'.'.join(head)}.{int(number) + 1}.attn1"
+        names = [f"{behind}.{name}" for name in ("to_q", "to_k", "to_v")]
+        return {name: cast(nn.Linear, modules[name]).in_features for name in names if modules.get(name) is not None}
+    if head[-1] == "up_blocks":  # the answer of a whole block
+        last = f"{point.point}.resnets.{_layers(modules[point.point]) - 1}"
+        reader = f"up_blocks.{int(number) + 1}.resnets.0.conv_shortcut"
+    else:
+        resnets = f"{'.'.join(head[:-1])}.resnets"
+        last, reader = f"{resnets}.{number}", f"{resnets}.{int(number) + 1}.conv_shortcut"
+    return {reader: cast(nn.Conv2d, modules[last].conv2).out_channels} if modules.get(reader) is not None else {}
+
+
 def _in_blocks(denoiser: nn.Module, wanted: str) -> CachePoint:
     if wanted == "auto":
         lists = {

@@ -31,6 +31,7 @@ from lightning_quant.layers.patch_bits import PatchBits
 from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
 from lightning_quant.layers.rotation import Rotation, RotationPlan, any_kind, rotates
 from lightning_quant.layers.routing import MATMULS, SOFTMAXES, AttentionSite, softmax_is_last
+from lightning_quant.layers.step_correction import StepCorrection, corrected_part
 from lightning_quant.layers.steps import StepPlan, require_schedule
 from lightning_quant.layers.structure import structure_kept
 from lightning_quant.layers.swap import (
@@ -67,6 +68,7 @@ __all__ = [
     "QuantizedLayer",
     "Rotation",
     "RotationPlan",
+    "StepCorrection",
     "StepPlan",
     "WeightsAsTheyWere",
     "any_kind",
@@ -74,6 +76,7 @@ __all__ = [
     "cache_modules",
     "caches",
     "call_denoiser",
+    "corrected_part",
     "create_bias",
     "created_biases",
     "deep_feature",

@@ -15,7 +15,7 @@ from lightning_quant.quantizers import Mask, Quantizer
 
 
 @contextmanager
-def as_float(model: nn.Module) -> Iterator[None]:
+def as_float(model: nn.Module, cached: bool = False) -> Iterator[None]:
     """Let a quantized model compute in floats for a while: its float twin, without a second copy of the weights.
 
     Inside, every quantizer hands on the floats it is given, nothing is taken from a cache of features, and attention is
@@ -26,6 +26,7 @@ def as_float(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: a quantized model, or a part of one; nothing happens to a float one.
+        cached: go on taking features from a cache.
 
     Example:
         >>> import torch
@@ -53,7 +54,7 @@ def as_float(model: nn.Module) -> Iterator[None]:
     }
     try:
         for features in paused:
-            features.paused = True
+            features.paused = features.paused or not cached
         for quantizer in observers:
             quantizer.observer = _hand_on
         for module in routing:

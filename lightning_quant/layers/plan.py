@@ -15,6 +15,7 @@ from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer
 from lightning_quant.layers.rotation import RotationPlan
 from lightning_quant.layers.routing import AttentionSite
+from lightning_quant.layers.step_correction import drop_correction
 from lightning_quant.layers.steps import StepPlan
 from lightning_quant.layers.swap import (
     create_bias,
@@ -217,6 +218,8 @@ class Plan:
         self.skipped[name] = why
         if self.steps is not None and name in self.steps.owners:
             self.steps.owners.remove(name)
+            drop_correction(model.get_submodule(name))
+            self.steps.corrected.pop(name, None)
 
     def modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """The planned layers and attention sites, by name.

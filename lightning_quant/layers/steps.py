@@ -12,6 +12,7 @@ from lightning_quant.layers.attention import QuantAttention
 from lightning_quant.layers.base import QuantizedLayer
 from lightning_quant.layers.denoiser import given_timesteps
 from lightning_quant.layers.routing import AttentionSite
+from lightning_quant.layers.step_correction import add_correction, drop_correction
 from lightning_quant.quantizers import Quantizer, StepQuantizer, Steps
 
 
@@ -24,12 +25,14 @@ class StepPlan:
         timesteps: of the sampling schedule, in the order of sampling.
         groups: how many groups of steps that follow each other share a scale.
         owners: names of the layers and attention sites.
+        corrected: layers whose output is corrected for each step, and for how many of their first input channels.
     """
 
     denoiser: str
     timesteps: list[float]
     groups: int
     owners: list[str] = field(default_factory=list)
+    corrected: dict[str, int] = field(default_factory=dict)
 
     def apply(self, model: nn.Module) -> None:
         """Put tables in the place of the uncalibrated quantizers, and watch the denoiser."""
@@ -41,10 +44,16 @@ class StepPlan:
                 if takes_steps(quantizer):
                     table = StepQuantizer(quantizer.scheme, quantizer.axis, steps)
                     setattr(holder, name, table.to(quantizer.scale.device).train(quantizer.training))
+        for name, channels in self.corrected.items():
+            add_correction(model.get_submodule(name), channels, steps)
 
     def undo(self, model: nn.Module) -> None:
-        """Look at the denoiser no longer."""
-        denoiser = dict(model.named_modules()).get(self.denoiser)
+        """Look at the denoiser no longer, and take the corrections away."""
+        modules = dict(model.named_modules())
+        for name in self.corrected:
+            if name in modules:
+                drop_correction(modules[name])
+        denoiser = modules.get(self.denoiser)
         if denoiser is None:
             return
         for key, hook in step_hooks(denoiser).items():

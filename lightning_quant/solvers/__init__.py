@@ -6,7 +6,7 @@ from lightning_quant.solvers.allocation import Allocation
 from lightning_quant.solvers.attention_levels import FittedLevels, fit_attention_levels
 from lightning_quant.solvers.bits import SEARCHES, Decision, Point, greedy, integer_program, pareto, trade_off
 from lightning_quant.solvers.budgets import Budget
-from lightning_quant.solvers.caching import FeaturePairs, cheapest_groups
+from lightning_quant.solvers.caching import FeaturePairs, by_channel, cheapest_groups, line_of, line_sums
 from lightning_quant.solvers.clipping import clipping_error, learn_clips
 from lightning_quant.solvers.columns import ColumnSolver, Solved, inverse_factor, output_error
 from lightning_quant.solvers.fairness import against_differences
@@ -70,6 +70,7 @@ __all__ = [
     "absorb_statistics",
     "against_differences",
     "align_twin",
+    "by_channel",
     "cheapest_groups",
     "clip_states",
     "clipping_error",
@@ -81,6 +82,8 @@ __all__ = [
     "keep_best",
     "learn_biases",
     "learn_clips",
+    "line_of",
+    "line_sums",
     "low_rank",
     "mean_states",
     "measure_statistics",

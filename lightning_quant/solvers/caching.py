@@ -55,8 +55,8 @@ def cheapest_groups(
 class FeaturePairs:
     r"""How the features of nearby steps are related, over many trajectories: distances and moments of each channel.
 
-    Memory is ``window`` features of one batch, and a few numbers for each channel and each pair of steps at most
-    ``window`` apart.
+    Memory is ``window`` features of one batch in float64, and a few numbers for each channel and each pair of steps at
+    most ``window`` apart.
 
     Args:
         steps: of a trajectory.
@@ -73,14 +73,11 @@ class FeaturePairs:
         """Take in the feature of one step of a batch of trajectories; the first step begins new ones."""
         if step == 0:
             self._recent.clear()
-        self._recent.append((step, feature))
-        y = _by_channel(feature)
+        now = by_channel(feature)
+        self._recent.append((step, now))
         for before, kept in self._recent:
-            x = _by_channel(kept)
-            self.distances[before, step] += float((y - x).abs().sum(dtype=torch.float64))
-            count = torch.full((len(x),), float(x.shape[1]), dtype=torch.float64, device=x.device)
-            sums = torch.stack([count, x.sum(1), y.sum(1), (x * x).sum(1), (x * y).sum(1)])
-            pair = (before, step)
+            self.distances[before, step] += float((now - kept).abs_().sum())
+            sums, pair = line_sums(kept, now), (before, step)
             self.sums[pair] = self.sums[pair] + sums if pair in self.sums else sums
 
     def state(self) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
@@ -107,19 +104,34 @@ class FeaturePairs:
         return cheapest_groups(self.cost, self.steps, groups, shortest, 2 * interval)
 
     def correction(self, before: int, step: int) -> tuple[Tensor, Tensor]:
-        r"""The factor and the addend of each channel that bring a kept feature nearest to that of a step.
-
-        .. math:: a = \mathrm{Cov}(x, y) / \mathrm{Var}(x), \qquad b = \bar y - a \bar x
-
-        A channel that never changes is only shifted.
-        """
-        count, x, y, xx, xy = self.sums[before, step]
-        variance, covariance = xx / count - (x / count) ** 2, xy / count - x * y / count**2
-        flat = variance <= 1e-12 * (xx / count)
-        scale = torch.where(flat, 1.0, covariance / torch.where(flat, 1.0, variance))
-        return scale, y / count - scale * x / count
+        """The factor and the addend of each channel that bring a kept feature nearest to that of a step."""
+        return line_of(self.sums[before, step])
 
 
-def _by_channel(feature: Tensor) -> Tensor:
-    """(channels, everything else) in float64."""
+def line_sums(x: Tensor, y: Tensor) -> Tensor:
+    """What :func:`line_of` needs of two tensors (channels, elements): (5, channels); batches and ranks add up."""
+    count = torch.full((len(x),), float(x.shape[1]), dtype=torch.float64, device=x.device)
+    return torch.stack([count, x.sum(1), y.sum(1), (x * x).sum(1), (x * y).sum(1)])
+
+
+def line_of(sums: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The factor and the addend that bring x nearest to y, by least squares in each channel.
+
+    .. math:: a = \mathrm{Cov}(x, y) / \mathrm{Var}(x), \qquad b = \bar y - a \bar x
+
+    A channel in which x never changes is only shifted.
+
+    >>> x = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64)
+    >>> line_of(line_sums(x, 3 * x + 1))
+    (tensor([3.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
+    """
+    count, x, y, xx, xy = sums
+    variance, covariance = xx / count - (x / count) ** 2, xy / count - x * y / count**2
+    flat = variance <= 1e-12 * (xx / count)
+    scale = torch.where(flat, 1.0, covariance / torch.where(flat, 1.0, variance))
+    return scale, y / count - scale * x / count
+
+
+def by_channel(feature: Tensor) -> Tensor:
+    """A feature as (channels, everything else), in float64."""
     return feature.movedim(channel_axis(feature), 0).flatten(1).double()

@@ -142,7 +142,7 @@ def test_correction_brings_the_kept_feature_nearer_at_every_step(make):
     module = make(steps=12)
     cached = FeatureCache(interval=4, calibration_loader=seeds(5), calibration_samples=5)
     images(module, cached)
-    point, given = cached._point(module), {"class_labels": torch.arange(5)} if module.conditions else {}
+    point, given = cached.point(module), {"class_labels": torch.arange(5)} if module.conditions else {}
     kept = corrected = None
     with deep_feature(module.denoiser, point.deep, point.point, point.residual) as feature:
         for moment in module.trajectory(torch.arange(5), **given):
