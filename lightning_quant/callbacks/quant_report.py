@@ -23,6 +23,7 @@ from lightning_quant.reports import (
     contributed,
     float_metrics,
     log_sections,
+    sample_sections,
     standard_sections,
     title_of,
     write,
@@ -180,7 +181,7 @@ class QuantReport(Callback):
             began = time.perf_counter()
             made = circumstances(trainer, pl_module, function, samples=self.samples - self._left)
             found = Findings.of(pl_module, self._errors, before, after, made, self.worst)
-            sections = standard_sections(found, contributed(trainer, pl_module))
+            sections = standard_sections(found, [*contributed(trainer, pl_module), *sample_sections(pl_module)])
             self.path = write(self.dirpath, title_of(found), sections)
             log_sections(trainer.loggers, sections, trainer.global_step)
             rank_zero_info(f"QuantReport: {self.path} ({self._seconds + time.perf_counter() - began:.1f} s)")

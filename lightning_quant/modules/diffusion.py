@@ -262,7 +262,7 @@ class DiffusionMixin(_Base):
     def on_validation_epoch_start(self) -> None:
         """Nothing has been sampled yet."""
         self._drawn = 0
-        self._judge = TrajectoryJudge(self.features, self.device) if self.validation_samples else None
+        self.judge = TrajectoryJudge(self.features, self.device) if self.validation_samples else None
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log how well noise is predicted, and compare the first samples with those of the float twin."""
@@ -271,17 +271,17 @@ class DiffusionMixin(_Base):
             schedule = self.inference_scheduler().timesteps
             loss = self.denoising_loss(batch, schedule, torch.Generator().manual_seed(batch_idx))
             self.log("noise_mse", loss, batch_size=len(images), sync_dist=True)
-        if self._judge is None or not (is_altered(self) or self.features is not None):
+        if self.judge is None or not (is_altered(self) or self.features is not None):
             return
         first = self.global_rank * self.validation_samples + self._drawn
         seeds, conditions = first_samples(self.seeds_of(batch, first), self.validation_samples - self._drawn)
         if len(seeds):
             self._drawn += len(seeds)
-            self._judge.see(self, images, seeds, conditions)
+            self.judge.see(self, images, seeds, conditions)
 
     def on_validation_epoch_end(self) -> None:
         """Log what the comparison came to."""
-        for name, value in self._judge.compute().items() if self._judge is not None else ():
+        for name, value in self.judge.compute().items() if self.judge is not None else ():
             self.log(name, value, batch_size=1, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:

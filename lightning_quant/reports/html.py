@@ -45,7 +45,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
     return Html(f"<{name}{written}>{content}</{name}>")
 
 
-EMPTY = {"circle", "line", "path", "rect", "polyline", "meta", "br"}
+EMPTY = {"circle", "img", "line", "path", "rect", "polyline", "meta", "br"}
 
 
 def _attribute(value: object) -> str:

@@ -109,6 +109,30 @@ def histogram_plot(bars: Bars, title: str, width: int = 460, height: int = 160) 
     return tag("svg", *parts, viewBox=f"0 0 {width} {height}", class_="plot", role="img", aria_label=title)
 
 
+def curve_plot(values: Sequence[float], title: str, unit: str, width: int = 1040, height: int = 260) -> Html:
+    """Ratios in decibels, one after the other, as a line.
+
+    Args:
+        values: what is infinite is left out.
+        title: of the plot.
+        unit: what is counted from left to right.
+        width: of the drawing.
+        height: of the drawing.
+    """
+    left, right, top, bottom = 34, 10, 12, 30
+    low, high = _limits([value for value in values if math.isfinite(value)])
+    step = (width - left - right) / max(1, len(values) - 1)
+
+    def y(value: float) -> float:
+        return top + (high - min(max(value, low), high)) / (high - low) * (height - top - bottom)
+
+    places = [(left + i * step, y(value)) for i, value in enumerate(values) if math.isfinite(value)]
+    ends = [(left, "start", f"{unit} 1"), (width - right, "end", f"{unit} {len(values)}")]
+    labels = [tag("text", text, x=x, y=height - 8, class_="tick", text_anchor=anchor) for x, anchor, text in ends]
+    parts = [_ruler(low, high, left, width - right, y, True), _line(places), *labels]
+    return tag("svg", *parts, viewBox=f"0 0 {width} {height}", class_="plot", role="img", aria_label=title)
+
+
 # ---------------------------------------------------------------- pieces
 
 
