@@ -1,0 +1,99 @@
+"""Samplers of trained denoisers, quantized and cached: 50 DDIM steps, the final samples paired by seed.
+
+Errors grow along a trajectory, so that one decibel more or less says little about so few samples: margins are wide.
+"""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_quant import CacheQuant, FeatureCache, PostTrainingQuantization, Trajectory
+from lightning_quant.layers import as_float
+from lightning_quant.metrics import sqnr
+from tests.models import trainer
+from tests.real import diffuser, digits
+
+pytestmark = [pytest.mark.evidence, pytest.mark.usefixtures("own_cores")]
+SAMPLES = 8
+
+
+def loader(first, count=SAMPLES):
+    """Seeds and labels."""
+    return DataLoader(TensorDataset(torch.arange(first, first + count), torch.arange(count) % 10), batch_size=count)
+
+
+def images(module, *callbacks):
+    return torch.cat(trainer(*callbacks).predict(module, loader(0)))
+
+
+def told(capsys, line):
+    with capsys.disabled():
+        print(f"\n  {line}")
+
+
+@pytest.mark.parametrize(("name", "published"), [("dit_mnist", 0.020), ("unet_mnist", 0.020), ("ddpm_mnist", 0.0181)])
+def test_the_nets_predict_noise_as_well_as_they_should(name, published):
+    module, (pictures, labels) = diffuser(name), digits(128)
+    if name == "ddpm_mnist":
+        pictures = pictures[:, :, 2:-2, 2:-2] / 2
+    with torch.no_grad():
+        loss = module.denoising_loss((pictures, labels), generator=torch.Generator().manual_seed(0))
+    assert float(loss) == pytest.approx(published, rel=0.3)
+
+
+def test_trajectories_calibrate_better_than_noisy_images(capsys):
+    """The very same number of calls of the denoiser, on what it meets in sampling and on what it met in training."""
+    module, (pictures, labels) = diffuser("dit_mnist", validation_samples=0), digits(128)
+    exact, found = images(module), {}
+    data = DataLoader(TensorDataset(pictures, labels), batch_size=32)
+    for name, given in (("trajectories", Trajectory(16, 8, loader=loader(1000, 16))), ("images", data)):
+        callback = PostTrainingQuantization("int8", "int8", calibration_loader=given, calibration_samples=128)
+        trainer(callback).validate(module, loader(0), verbose=False)
+        found[name] = float(sqnr(images(module), exact))
+        callback.remove(module)
+    told(capsys, f"DiT on MNIST, W8A8, SQNR of the final samples: {found}")
+    assert found["trajectories"] > found["images"] + 1
+
+
+def test_the_ranges_of_each_step_are_nearer_at_every_step(capsys):
+    """Open loop: what the float model meets at each step is given to the quantized one."""
+    module, found = diffuser("dit_mnist", num_inference_steps=10, validation_samples=0), {}
+    for per_step in (False, True):
+        callback = PostTrainingQuantization(
+            "int8", "int8", ranges="minmax", per_step=per_step, calibration_samples=16, calibration_loader=loader(1000, 16)
+        )  # fmt: skip
+        trainer(callback).validate(module, loader(0), verbose=False)
+        labels = torch.arange(SAMPLES) % 10
+        with torch.no_grad():
+            with as_float(module):
+                moments = list(module.trajectory(torch.arange(SAMPLES), class_labels=labels))
+            found[per_step] = torch.stack(
+                [
+                    sqnr(module(m.given, torch.full((SAMPLES,), int(m.timestep)), class_labels=labels), m.predicted)
+                    for m in moments
+                ]
+            )
+        callback.remove(module)
+    told(
+        capsys, f"DiT on MNIST, W8A8, SQNR by step, one range {found[False].tolist()}, one each {found[True].tolist()}"
+    )
+    assert (found[True] > found[False]).all() and (found[True] - found[False]).mean() > 2
+
+
+@pytest.mark.parametrize("name", ["unet_mnist", "dit_mnist"])
+def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, capsys):
+    module = diffuser(name, validation_samples=0)
+    exact = images(module)
+    moments = Trajectory(SAMPLES, 8, loader=loader(1000))
+    plain = PostTrainingQuantization("int8", "int8", calibration_samples=64, calibration_loader=moments)
+    trainer(plain).validate(module, loader(0), verbose=False)
+    cache = FeatureCache(5, "uniform", correct=False)
+    found = {"uniform cache and plain quantization": float(sqnr(images(module, plain, cache), exact))}
+    assert cache.runs == {"deep": 10, "skipped": 40}
+    plain.remove(module)
+    both = CacheQuant("int8", "int8", interval=5, calibration_samples=SAMPLES, calibration_loader=loader(1000))
+    trainer(both).validate(module, loader(0), verbose=False)
+    found["CacheQuant"] = float(sqnr(images(module, both), exact))
+    assert both.cache.runs == {"deep": 10, "skipped": 40}
+    told(capsys, f"{name}, W8A8, interval 5, SQNR of the final samples: {found}")
+    assert found["CacheQuant"] > found["uniform cache and plain quantization"] + 1
