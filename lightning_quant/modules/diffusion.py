@@ -264,7 +264,7 @@ class DiffusionMixin(_Base):
         self._drawn = 0
         self.judge = TrajectoryJudge(self.features, self.device) if self.validation_samples else None
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log how well noise is predicted, and compare the first samples with those of the float twin."""
         images, seeds, conditions = self.parts(batch)
         if images is not None:
@@ -284,7 +284,7 @@ class DiffusionMixin(_Base):
         for name, value in self.judge.compute().items() if self.judge is not None else ():
             self.log(name, value, batch_size=1, sync_dist=True)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The samples of a batch of seeds."""
         seeds, conditions = self.seeds_of(batch)
         return self.sample(seeds, **conditions)

@@ -289,3 +289,22 @@ def test_a_wider_part_can_be_cut_out_of_a_deeper_net():
     counts = calls(deeper, [f"{side}.resnets.{i}" for side in ("down_blocks.0", "up_blocks.1") for i in (0, 1)])
     images(deeper, plain(cache_point="up_blocks.1.resnets.0"))
     assert list(counts.values()) == [6, 2, 2, 6]
+
+
+def test_a_text_conditioned_unet_of_four_levels():
+    torch.manual_seed(0)
+    denoiser = diffusers.UNet2DConditionModel(
+        16, 4, 4, block_out_channels=(8, 8, 16, 16), layers_per_block=2, norm_num_groups=4, cross_attention_dim=6,
+        attention_head_dim=4,
+    )  # fmt: skip
+    nothing = {"encoder_hidden_states": torch.zeros(3, 6)}
+    module = sampler(denoiser.eval(), steps=4, guidance_scale=5.0, unconditional=nothing)
+    batch = {"seed": torch.arange(2), "encoder_hidden_states": torch.randn(2, 3, 6)}
+    before = trainer().predict(module, DataLoader([batch], batch_size=None))[0]
+    assert torch.equal(trainer(plain(interval=1)).predict(module, DataLoader([batch], batch_size=None))[0], before)
+    cached = plain(interval=2)
+    assert cached.point(module).point == "up_blocks.3.attentions.1"
+    deep, shallow = ["mid_block.resnets.0", "down_blocks.0.resnets.0"], ["resnets.2", "attentions.2"]
+    counts = calls(module, [*deep, *(f"up_blocks.3.{name}" for name in shallow)])
+    assert trainer(cached).predict(module, DataLoader([batch], batch_size=None))[0].shape == before.shape
+    assert list(counts.values()) == [2, 2, 4, 4]

@@ -60,7 +60,8 @@ def test_the_ranges_of_each_step_are_nearer_at_every_step(capsys):
     module, found = diffuser("dit_mnist", num_inference_steps=10, validation_samples=0), {}
     for per_step in (False, True):
         callback = PostTrainingQuantization(
-            "int8", "int8", ranges="minmax", per_step=per_step, calibration_samples=16, calibration_loader=loader(1000, 16)
+            "int8", "int8", ranges="minmax", per_step=per_step, calibration_samples=16,
+            calibration_loader=loader(1000, 16),
         )  # fmt: skip
         trainer(callback).validate(module, loader(0), verbose=False)
         labels = torch.arange(SAMPLES) % 10
