@@ -1,5 +1,8 @@
 """The table that the generic tests run over. A new method adds its line, and is held to what every method promises.
 
+One that only gives another method its arguments (LRPQViT, HTQ), or other levels or losses (DopQViT, MGRQ), shares that
+one's line.
+
 What that is stands in ``tests/callbacks``: lifecycle, round trips and ranks are tests of every line (the fixture
 ``case``), faults, foreign checkpoints, unusual models and trainers of METHODS (the fixture ``method``).
 """
@@ -17,12 +20,8 @@ from torch import Tensor
 
 from lightning_quant import (
     GPTQ,
-    HTQ,
-    MGRQ,
     PMQ,
     AdaQuant,
-    DopQViT,
-    LRPQViT,
     MagnitudePruning,
     MixedPrecision,
     MPTQViT,
@@ -101,17 +100,11 @@ CASES = {
         PostTrainingQuantization, {**INT8, "ranges": "minmax", "reconstruct": FEW_STEPS}, NoBias, learns=True
     ),
     "repquant": Case(RepQuant, {**INT4, "clip_steps": 3, "reconstruct": FEW_STEPS}, NoBias, learns=True),
-    "mptq_vit": Case(MPTQViT, {**INT8, "ranges": "minmax", "gelu": ["fc2"]}),
     "mptq_vit_w4a4": Case(MPTQViT, {**INT4, "gelu": ["fc2"]}, NoBias),
     "adaquant": Case(AdaQuant, {**INT8, "reconstruct": {**FEW_STEPS, "rounding": "free"}}, NoBias, learns=True),
-    "mgrq": Case(MGRQ, {**INT4, "reconstruct": FEW_STEPS}, NoBias, learns=True),
     "noisyquant": Case(NoisyQuant, {**INT8, "ranges": "minmax", "steps": 5}),
-    "dopq": Case(DopQViT, INT8),
     "mixed": Case(MixedPrecision, {"budget": "7bit", "weight_bits": [6, 8]}),
-    "mixed_ptq": Case(MixedPrecision, {"budget": "6bit", "method": "ptq", "weight_bits": [4, 8]}, NoBias),
-    "lrp_qvit": Case(LRPQViT, {"budget": "7bit", "weight_bits": [6, 8]}),
     "pmq": Case(PMQ, {"budget": "7bit", "weight_bits": [6, 8], "share": 1.0}),
-    "htq": Case(HTQ, {"weight_bits": [6, 8], "activation_bits": [6, 8]}),
     "smooth": Case(SmoothQuant, INT8, NoBias),
     "sparse": Case(MagnitudePruning, {"pattern": 0.5}, NoDropout),
     "gptq": Case(GPTQ, {"weights": "int4_g8", "activations": "int8"}, NoBias, solves=True),
