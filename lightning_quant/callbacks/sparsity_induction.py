@@ -45,8 +45,8 @@ class SparsityInduction(SolvedPruning):
     The factors of a block are learned together,
 
     .. math::
-        \min_{s, \delta} \; \frac{\| Y - \hat Y \|^2}{\| Y \|^2} + \lambda \exp\Big( - \alpha \sum_l
-        \frac{\| W_l S_l \|_2}{\| W_l S_l \|_F} \Big)
+        \min_{s, \delta} \; \frac{\| Y - \hat Y \|^2}{\| Y \|^2} + \lambda \exp( - \alpha \sum_l
+        \frac{\| W_l S_l \|_2}{\| W_l S_l \|_F} )
 
     and then the block is pruned by the host method, with new statistics. With the mask as a constant the error would
     not depend on the factors, which cancel; so the gradient goes through the mask, as if it were a soft step. For the

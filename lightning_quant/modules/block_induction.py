@@ -30,8 +30,8 @@ def induce(
     r"""Learn the factors of all masks of a block together, one step for each batch.
 
     .. math::
-        \frac{\| Y - \hat Y \|^2}{\| Y \|^2} + \lambda \exp\Big( - \alpha \sum_l \frac{\| W_l S_l \|_2}{\| W_l S_l \|_F}
-        \Big)
+        \frac{\| Y - \hat Y \|^2}{\| Y \|^2} + \lambda \exp( - \alpha \sum_l \frac{\| W_l S_l \|_2}{\| W_l S_l \|_F}
+        )
 
     Args:
         block: with the inputs of all batches; nothing in it is pruned yet.
