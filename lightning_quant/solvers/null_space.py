@@ -60,7 +60,7 @@ def absorb_outliers(
 
     .. math::
         \min_b \; \tfrac12 \sum_j s_j (w_j + b^\top n_j)^2 + \tfrac{\mu_1}{2 N} \|b\|^2
-        + \tfrac{\mu_2}{2} \Big( \sum_j b^\top n_j \Big)^2, \qquad
+        + \tfrac{\mu_2}{2} ( \sum_j b^\top n_j )^2, \qquad
         s = \text{softmax}(|w| / (\tau \max |w|))
 
     where :math:`n_j` is the j-th column of the directions. All rows are solved together by conjugate gradients.
