@@ -89,20 +89,26 @@ class LanguageRow(NamedTuple):
     def settings(self) -> str:
         """The callbacks and their arguments beside the bits, as code."""
         return " + ".join(
-            f"{step.callback}({', '.join(f'{name}={value!r}' for name, value in (step.arguments | SAMPLES).items())})"
+            f"{step.callback}({', '.join(f'{name}={value!r}' for name, value in self._arguments(step).items())})"
             for step in self._steps
         )
 
     def callbacks(self) -> list[L.Callback]:
         """The callbacks; none for the float model."""
         return [
-            getattr(lightning_quant, step.callback)(**self._formats(step), **step.arguments, **SAMPLES)
+            getattr(lightning_quant, step.callback)(**self._formats(step), **self._arguments(step))
             for step in self._steps
         ]
 
     @property
     def _steps(self) -> list[Step]:
         return [] if self.method == "float" else ALL_LANGUAGE[self.method]
+
+    def _arguments(self, step: Step) -> dict[str, Any]:
+        found = step.arguments | SAMPLES
+        if self.bits == "4:8" and self.model == "stories260K":  # rows of 172 weights are no groups of 8
+            found["skip"] = [*found.get("skip", []), "*down_proj"]
+        return found
 
     def _formats(self, step: Step) -> dict[str, Any]:
         if step.pattern:

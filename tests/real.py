@@ -275,7 +275,7 @@ def wikitext(file: str, characters: int) -> str:
 
 
 @cache
-def smol_text(file: str, characters: int = 400_000) -> Tensor:
+def smol_text(file: str, characters: int = 150_000) -> Tensor:
     """Tokens (N,) of a text of WikiText-2 for SmolLM2."""
     from transformers import AutoTokenizer
 
