@@ -23,8 +23,8 @@ from lightning_quant.solvers import by_channel, line_of, line_sums
 class CacheQuant(PostTrainingQuantization, AtFirstBatch):
     r"""A quantized sampler that skips its deep part at most steps, with the two errors corrected one after the other.
 
-    1. :class:`FeatureCache` watches the float model's trajectories, chooses the refresh steps and corrects the kept
-       feature, :math:`h_t = a_t h_c + b_t`.
+    1. :class:`FeatureCache` watches the float model's trajectories and corrects the kept feature,
+       :math:`h_t = a_t h_c + b_t`; it can choose the refresh steps there too.
     2. Ranges are found on trajectories that are cached and corrected so, for each step apart.
     3. What quantization makes of the kept feature is corrected where a layer reads it,
 
@@ -44,7 +44,7 @@ class CacheQuant(PostTrainingQuantization, AtFirstBatch):
         weights: format of the weights.
         activations: format of the layers' inputs and of the attention operands.
         interval: refresh at so many-th of the steps in the mean.
-        schedule: ``"dps"``, ``"uniform"``, or the numbers of the refresh steps; see :class:`FeatureCache`.
+        schedule: ``"uniform"``, ``"dps"``, or the numbers of the refresh steps; see :class:`FeatureCache`.
         cache_point: see :class:`FeatureCache`.
         correct: whether the kept feature is corrected.
         correct_quantization: whether what the quantized layers make of it is.
@@ -69,7 +69,7 @@ class CacheQuant(PostTrainingQuantization, AtFirstBatch):
         weights: str | None = "int8",
         activations: str = "int8",
         interval: int = 5,
-        schedule: Literal["uniform", "dps"] | Sequence[int] = "dps",
+        schedule: Literal["uniform", "dps"] | Sequence[int] = "uniform",
         cache_point: str = "auto",
         correct: bool = True,
         correct_quantization: bool = True,

@@ -122,8 +122,8 @@ def line_of(sums: Tensor) -> tuple[Tensor, Tensor]:
     A channel in which x never changes is only shifted.
 
     >>> x = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64)
-    >>> line_of(line_sums(x, 3 * x + 1))
-    (tensor([3.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
+    >>> [round(float(part), 6) for part in line_of(line_sums(x, 3 * x + 1))]
+    [3.0, 1.0]
     """
     count, x, y, xx, xy = sums
     variance, covariance = xx / count - (x / count) ** 2, xy / count - x * y / count**2
