@@ -81,8 +81,8 @@ def test_the_ranges_of_each_step_are_nearer_at_every_step(capsys):
     assert (found[True] > found[False]).all() and (found[True] - found[False]).mean() > 2
 
 
-@pytest.mark.parametrize("name", ["unet_mnist", "dit_mnist"])
-def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, capsys):
+@pytest.mark.parametrize(("name", "margin"), [("unet_mnist", 0), ("dit_mnist", 5)])
+def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, margin, capsys):
     module = diffuser(name, validation_samples=0)
     exact = images(module)
     moments = Trajectory(SAMPLES, 8, loader=loader(1000))
@@ -97,4 +97,4 @@ def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, capsys):
     found["CacheQuant"] = float(sqnr(images(module, both), exact))
     assert both.cache.runs == {"deep": 10, "skipped": 40}
     told(capsys, f"{name}, W8A8, interval 5, SQNR of the final samples: {found}")
-    assert found["CacheQuant"] > found["uniform cache and plain quantization"] + 1
+    assert found["CacheQuant"] > found["uniform cache and plain quantization"] + margin
