@@ -25,8 +25,8 @@ demo: $(or $(wildcard .venv/ready),.venv/ready-for-demo)  ## train a small model
 test: .venv/ready  ## run the tests and the docstring examples, and show the coverage
 	@$(PYTEST) -m "not evidence" --cov --cov-report=term
 
-evidence: .venv/ready  ## run the slow proofs: tables against reference implementations
-	@$(PYTEST) -m evidence --timeout=3000
+evidence: .venv/ready  ## run the slow proofs: tables against reference implementations (QUICK=1 without the longest)
+	@$(PYTEST) -m "evidence$(if $(QUICK), and not long)" --timeout=3000
 
 accuracy: .venv/ready  ## measure the rows that docs/results.md lacks; hours, can be interrupted (ONLY="RepQuant W4A4*")
 	@$(BIN)/python -m benchmarks.accuracy $(if $(ONLY),--only "$(ONLY)")

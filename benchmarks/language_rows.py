@@ -37,17 +37,19 @@ class Step:
 
 
 _SKIP = {"skip": ["*lm_head"]}  # GPTQ and its kin leave the head float by themselves
-_EXTREMES = {"ranges": "minmax", **_SKIP}  # where GPTQ begins, too
+_SEARCHED = {"ranges": "lp"}  # one way for all
 LANGUAGE: dict[str, list[Step]] = {
-    "nearest": [Step("PostTrainingQuantization", {**_EXTREMES, "attention": False})],
-    "GPTQ": [Step("GPTQ", {"attention": False})],
-    "OSAQ + nearest": [Step("OSAQ", {"solver": "nearest", "attention": False})],
-    "OSAQ + GPTQ": [Step("OSAQ", {"solver": "gptq", "attention": False})],
-    "RSQ": [Step("RSQ", {"attention": False})],
-    "LoRC": [Step("LoRC", {"attention": False})],
-    "rotated": [Step("RotatedPTQ", _EXTREMES)],
-    "rotated + GPTQ": [Step("RotatedPTQ", {"solver": "gptq", **_EXTREMES})],
-    "SmoothQuant": [Step("SmoothQuant", _SKIP)],
+    "nearest on extremes": [Step("PostTrainingQuantization", {"ranges": "minmax", **_SKIP, "attention": False})],
+    "GPTQ on extremes": [Step("GPTQ", {"ranges": "minmax", "attention": False})],
+    "nearest": [Step("PostTrainingQuantization", {**_SEARCHED, **_SKIP, "attention": False})],
+    "GPTQ": [Step("GPTQ", {**_SEARCHED, "attention": False})],
+    "OSAQ + nearest": [Step("OSAQ", {"solver": "nearest", **_SEARCHED, "attention": False})],
+    "OSAQ + GPTQ": [Step("OSAQ", {"solver": "gptq", **_SEARCHED, "attention": False})],
+    "RSQ": [Step("RSQ", {**_SEARCHED, "attention": False})],
+    "LoRC": [Step("LoRC", {**_SEARCHED, "attention": False})],
+    "rotated": [Step("RotatedPTQ", {**_SEARCHED, **_SKIP})],
+    "rotated + GPTQ": [Step("RotatedPTQ", {"solver": "gptq", **_SEARCHED, **_SKIP})],
+    "SmoothQuant": [Step("SmoothQuant", {**_SEARCHED, **_SKIP})],
 }
 PRUNING: dict[str, list[Step]] = {
     "magnitude": [Step("MagnitudePruning", _SKIP, pattern=True)],

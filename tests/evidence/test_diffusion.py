@@ -81,6 +81,7 @@ def test_the_ranges_of_each_step_are_nearer_at_every_step(capsys):
     assert (found[True] > found[False]).all() and (found[True] - found[False]).mean() > 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "margin"), [("unet_mnist", 0), ("dit_mnist", 5)])
 def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, margin, capsys):
     module = diffuser(name, validation_samples=0)

@@ -50,6 +50,7 @@ def top1(callback):
     return 100 * trainer(callback).validate(deit_tiny(), datamodule=ImageNetData(), verbose=False)[0]["top1"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_at_four_bits_it_is_level_with_repq_vit(capsys):
     """Neither half makes it better there: the levels are as good, and the common scale has no influence."""

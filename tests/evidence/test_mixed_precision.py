@@ -22,6 +22,7 @@ def show(capsys, line):
         print(f"\n  {line}", flush=True)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_four_bits_in_the_mean_are_two_points_above_four_bits_everywhere(capsys):
     """The stem counts too, which the uniform model has at eight bits; and the bit operations are no more."""
@@ -36,6 +37,7 @@ def test_four_bits_in_the_mean_are_two_points_above_four_bits_everywhere(capsys)
     assert mixed >= uniform + 2.0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_a_drop_of_one_point_is_kept_with_fewer_bytes_than_uniform_eight_bits(capsys):
     callback = MixedPrecision(budget="drop<=1.0", monitor="top1", trials=2)

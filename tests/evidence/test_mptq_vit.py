@@ -9,6 +9,7 @@ from tests.real import ImageNetData, deit_tiny
 pytestmark = pytest.mark.evidence
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_four_bits_on_deit_tiny(own_cores, capsys):
     def top1(callback):

@@ -15,6 +15,7 @@ def top1(method, bits, **arguments):
     return 100 * trainer(callback).validate(deit_tiny(), datamodule=ImageNetData(), verbose=False)[0]["top1"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("bits", "margin"), [(6, 1.0), (4, 10.0)])
 def test_it_beats_ranges_of_least_squared_error(bits, margin, capsys):
