@@ -122,9 +122,9 @@ def _pack_layer(model: nn.Module, name: str, layer: QuantizedLayer, state: dict[
             "dtype": str(weight.dtype).removeprefix("torch."),
         }
         if mask is not None:
-            state[f"{key}_mask.keep"] = pack(mask.keep.int(), 1)
+            state[f"{key}_pruning.keep"] = pack(mask.keep.int(), 1)
             for solved in ("offset", "before"):  # what is stored knows it
-                state.pop(f"{key}_mask.{solved}", None)
+                state.pop(f"{key}_pruning.{solved}", None)
         if f"{key}.codes" in state:  # its float weight was dropped
             continue
         if key not in state:
@@ -186,7 +186,7 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 
 def _unpacked(folder: Path, key: str, how: dict[str, Any], state: dict[str, Any]) -> Tensor:
     """The weight out of what is stored of it, output channels first: (out, ...)."""
-    shape, prefix, mask = tuple(how["shape"]), f"{key}_quantizer.", f"{key}_mask.keep"
+    shape, prefix, mask = tuple(how["shape"]), f"{key}_quantizer.", f"{key}_pruning.keep"
     quantizer = None if how["scheme"] is None else build_quantizer(how["scheme"], axis=0)
     stored = [f"{key}.kept"] if quantizer is None else [f"{key}.codes", *(prefix + n for n in quantizer.state_names)]
     for needed in [*stored, *([mask] if how.get("pruned") else [])]:

@@ -194,7 +194,7 @@ def _refuse_other_tensors(model: nn.Module, plans: dict[str, Plan], state_dict: 
         ]
         planned = tuple(f"{prefix}{name}." for name in names)
         # these are there only if a solver found them
-        solved = ("_quantizer.codes", "_mask.offset", "_mask.correction", "_mask.before")
+        solved = ("_quantizer.codes", "_pruning.offset", "_pruning.correction", "_pruning.before")
         keys = [key for key in own if key.startswith(planned) and not key.endswith(solved)]
         lacking = [key for key in keys if key not in state_dict]
         if lacking:
@@ -205,7 +205,7 @@ def _refuse_other_tensors(model: nn.Module, plans: dict[str, Plan], state_dict: 
         for key in keys:
             stored, here = tuple(state_dict[key].shape), tuple(own[key].shape)
             adopts = any(
-                part in key for part in ("_quantizer", "_mask.", "_low_rank.")
+                part in key for part in ("_quantizer", "_pruning.", "_low_rank.")
             )  # it takes the stored shape over
             if not adopts and stored != here:
                 raise ValueError(f"this checkpoint is of another model: `{key}` is {stored} there and {here} here")

@@ -19,7 +19,7 @@ from lightning_quant.quantizers import CrossQuantizer, Mask, NoisyQuantizer, Pat
 class QuantizedLayer(nn.Module):
     """A layer that computes with quantized weights and inputs, or pruned weights; mixed in before the float class.
 
-    It has slots: for every weight ``p`` a child ``p_quantizer`` and, in front of that, a child ``p_mask``, and for
+    It has slots: for every weight ``p`` a child ``p_quantizer`` and, in front of that, a child ``p_pruning``, and for
     every input a child like ``input_quantizer``; a child that is ``None`` leaves its tensor as it is. In
     ``bias_quantizer`` is another bias, where a method has found one; it stands in codes like solved weights, and the
     float one stays. Several methods may work on one layer, each in slots of its own: :attr:`WEIGHTS`, :attr:`INPUTS`,
@@ -97,7 +97,7 @@ class QuantizedLayer(nn.Module):
             return list(self.input_quantizers)
         if slot == self.BIASES:
             return ["bias_quantizer"] if self.takes_bias else []
-        return [f"{name}_{'quantizer' if slot == self.WEIGHTS else 'mask'}" for name in self.present_weights()]
+        return [f"{name}_{'quantizer' if slot == self.WEIGHTS else 'pruning'}" for name in self.present_weights()]
 
     def set_quantizer(self, name: str, scheme: Scheme | None, axis: int) -> None:
         """Put an uncalibrated quantizer under a name, in the place of what was there."""
@@ -143,13 +143,13 @@ class QuantizedLayer(nn.Module):
 
     def weight_rows(self, name: str = "weight") -> Tensor:
         """What is quantized, the float weight without what is pruned, with output channels first: (out, ...)."""
-        mask = getattr(self, f"{name}_mask", None)
+        mask = getattr(self, f"{name}_pruning", None)
         rows: Tensor = self.float_rows(name) if mask is None else mask(self.float_rows(name))
         return rows
 
     def masks(self) -> dict[str, Mask]:
         """The masks of pruned weights, by the name of the Parameter."""
-        found = {name: getattr(self, f"{name}_mask", None) for name in self.present_weights()}
+        found = {name: getattr(self, f"{name}_pruning", None) for name in self.present_weights()}
         return {name: mask for name, mask in found.items() if mask is not None}
 
     def weight_quantizers(self) -> dict[str, Quantizer]:
@@ -221,7 +221,7 @@ class QuantizedLayer(nn.Module):
     ) -> None:
         """A float state dict knows nothing of ``folded``: its weights are not."""
         own = [key for key in state_dict if key.startswith(prefix)]
-        if not any("_quantizer" in key or "_mask." in key or key == f"{prefix}folded" for key in own):
+        if not any("_quantizer" in key or "_pruning." in key or key == f"{prefix}folded" for key in own):
             state_dict[f"{prefix}folded"] = torch.tensor(False)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
 

@@ -243,7 +243,7 @@ class Plan:
         for name, module in model.named_modules():
             if name in self.layers or name in self.attention:
                 for child_name, child in module.named_children():
-                    if child_name.endswith(("_quantizer", "_quantizers", "_mask")):
+                    if child_name.endswith(("_quantizer", "_quantizers", "_pruning")):
                         child.train(module.training)
 
     def quantized_layers(self, model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -287,7 +287,7 @@ class Plan:
     def masks(self, model: nn.Module) -> dict[str, Mask]:
         """Every planned mask, by full name."""
         return {
-            f"{owner}.{name}_mask": mask
+            f"{owner}.{name}_pruning": mask
             for owner, layer in self.quantized_layers(model).items()
             for name, mask in (layer.masks() if self.layers[owner].pruned else {}).items()
         }

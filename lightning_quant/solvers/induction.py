@@ -22,7 +22,7 @@ def skewness_init(median: Tensor, mean: Tensor) -> Tensor:
         median: of each input over the tokens (inputs,).
         mean: the same.
 
-    >>> skewness_init(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 2.0]))
+    >>> skewness_init(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 2.0])).round(decimals=2)
     tensor([0.5000, 2.0000])
     """
     factors = (median - mean).double().square()

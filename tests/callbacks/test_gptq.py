@@ -110,7 +110,7 @@ def test_what_is_pruned_already_stays_zero():
     trainer(pruned, solved).validate(model, datamodule=Sequences(shuffle=False), verbose=False)
     for name in codes(model):
         layer = model.get_submodule(name)
-        zeros = ~layer.weight_mask.keep
+        zeros = ~layer.weight_pruning.keep
         assert zeros.float().mean() == 0.5 and not layer.quantized()[zeros].any()
         assert (layer.quantized() != 0).float().mean() > 0.3
 

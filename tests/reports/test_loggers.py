@@ -80,9 +80,13 @@ def test_figures_go_where_they_can(sections):
 
 
 def test_no_pyplot_figures_are_left_open(sections):
+    def opened():
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        return [] if pyplot is None else pyplot.get_fignums()
+
+    before = opened()
     log_sections([LikeTensorBoard()], sections, step=0)
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    assert pyplot is None or pyplot.get_fignums() == []
+    assert opened() == before
 
 
 def test_a_broken_logger_is_named_and_the_others_are_served(sections):

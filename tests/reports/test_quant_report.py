@@ -23,6 +23,7 @@ from lightning_quant import (
 )
 from lightning_quant.reports import Section, tag
 from tests.callbacks.unchanged import left_as_it_was
+from tests.cases import quantized
 from tests.models import Sequences, TinyTransformer, trainer, validate
 
 
@@ -45,8 +46,10 @@ def test_beside_every_method(case, tmp_path):
     assert {path.name for path in report.dirpath.iterdir()} == {"report.html", "report.json"}
     assert report.path == report.dirpath / "report.html"
     assert found["summary"]["method"] == type(callback).__name__
-    assert found["summary"]["quantized"] == len(found["layers"]) >= 10
-    assert found["made"]["calibration"] == ["32 samples from the train loader, unshuffled"]
+    assert found["summary"]["quantized"] == len(found["layers"])
+    assert {layer["name"] for layer in found["layers"]} >= {*quantized(model)}
+    samples = min(callback.calibration_samples, 64)  # all there are
+    assert found["made"]["calibration"] == [f"{samples} samples from the train loader, unshuffled"]
     assert found["made"]["methods"] == [
         {"method": type(callback).__name__, "part": "", "arguments": json.loads(json.dumps(callback.arguments))}
     ]
