@@ -93,6 +93,7 @@ class CalibrationBatches:
         self._trainer, self._pl_module = trainer, pl_module
         self._random_state = RandomState.now()
         self._warned = False
+        self.available = samples  # as far as is known; some loaders tell only when they have been read
         with OwnRandomNumbers(self._random_state), torch.inference_mode(False):
             self._found = _find_loader(trainer, pl_module, loader)
             self._shares = self._dealt_shares()
@@ -204,6 +205,7 @@ class CalibrationBatches:
         return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
     def _warn_if_short(self, available: int) -> None:
+        self.available = min(available, self.samples)
         if available < self.samples and not self._warned:
             self._warned = True
             rank_zero_warn(

@@ -258,9 +258,9 @@ class QuantizationCallback(Callback):
             with as_float(pl_module):  # another callback may have been here
                 graph = trace(pl_module, lambda: run(samples))
             plan = self.plan_for(pl_module, graph)
-            plan.calibration = f"{batches.samples} samples from {batches.source}"
             with self.applied(pl_module, plan):
                 self.calibrate_plan(pl_module, plan, graph, stream, run)
+                plan.calibration = f"{batches.available} samples from {batches.source}"
                 if self.reconstruct is not None:
                     self.reconstruct_plan(trainer, pl_module, plan, self.reconstruct)
 

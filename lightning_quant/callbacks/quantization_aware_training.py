@@ -188,8 +188,8 @@ class QuantizationAwareTraining(PostTrainingQuantization):
         plan, run = self._plan(pl_module), partial(feed, trainer, pl_module)
         with undisturbed(pl_module), torch.compiler.set_stance("force_eager"):
             batches = CalibrationBatches(trainer, pl_module, self.calibration_loader, self.calibration_samples)
-            plan.calibration = f"{batches.samples} samples from {batches.source}"
             self.find_ranges(pl_module, plan, batches, run, self.rule)
+            plan.calibration = f"{batches.available} samples from {batches.source}"
             require_scales(pl_module, plan)
         found = plan.quantizers(pl_module)
         for copy in averaged_copies(trainer):
