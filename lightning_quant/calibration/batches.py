@@ -61,6 +61,7 @@ class CalibrationBatches:
     Attributes:
         source: what is used, in words, with the reasons where ``"auto"`` had to pass something over.
         drawn: how many samples this rank has drawn in the current pass.
+        available: how many samples there are, at most as many as were asked for, as far as that is known.
 
     Raises:
         ValueError: if there is no loader, or it is empty.

@@ -277,7 +277,7 @@ class DiffusionMixin(_Base):
         seeds, conditions = first_samples(self.seeds_of(batch, first), self.validation_samples - self._drawn)
         if len(seeds):
             self._drawn += len(seeds)
-            self.judge.see(self, images, seeds, conditions)
+            self.judge.see(self, lambda: self.trajectory(seeds, **conditions), images)
 
     def on_validation_epoch_end(self) -> None:
         """Log what the comparison came to."""

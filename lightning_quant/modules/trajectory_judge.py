@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.calibration import Moment
 from lightning_quant.layers import as_float, is_altered
 from lightning_quant.metrics import SQNR
 
 if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
-
-    from lightning_quant.modules.diffusion import DiffusionMixin
 
 
 class TrajectoryJudge:
@@ -34,15 +34,21 @@ class TrajectoryJudge:
         self.shown: tuple[Tensor, Tensor] | None = None
         self.distances: dict[str, FrechetInceptionDistance] = {}
 
-    def see(self, module: DiffusionMixin, images: Tensor | None, seeds: Tensor, conditions: dict[str, Any]) -> None:
-        """Sample from these seeds; ``images`` are real ones."""
-        own = [moment.after for moment in module.trajectory(seeds, **conditions)]
+    def see(self, module: nn.Module, trajectory: Callable[[], Iterable[Moment]], images: Tensor | None) -> None:
+        """Sample.
+
+        Args:
+            module: the model.
+            trajectory: samples with it, from the same seeds each time.
+            images: real ones.
+        """
+        own = [moment.after for moment in trajectory()]
         if images is not None:
             self._measure("frechet", images, own[-1])
         if not is_altered(module):
             return
         with as_float(module):
-            twin = [moment.after for moment in module.trajectory(seeds, **conditions)]
+            twin = [moment.after for moment in trajectory()]
         self.steps = self.steps or [SQNR().to(self.device) for _ in own]
         for metric, quantized, exact in zip(self.steps, own, twin, strict=True):
             metric.update(quantized, exact)
