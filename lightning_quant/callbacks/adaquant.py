@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -132,7 +132,9 @@ def give_biases(model: nn.Module, plan: Plan) -> None:
             layer.settle_bias(layer.float_bias())
 
 
-def repair_norms(model: nn.Module, graph: ModelGraph, layers: Mapping[str, QuantizedLayer], run: Any) -> None:
+def repair_norms(
+    model: nn.Module, graph: ModelGraph, layers: Mapping[str, QuantizedLayer], run: Callable[[], Any]
+) -> None:
     """Let the layers before BatchNorms make up for what quantization does to their statistics."""
     norms = {
         norm: model.get_submodule(norm)

@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_quant.calibration import CalibrationBatches, check_feedable
 from lightning_quant.callbacks.averages import AVERAGING
 from lightning_quant.checkpoint import record_of
+from lightning_quant.layers import has_scale_to_learn
 from lightning_quant.modules import CalibrationMixin
-from lightning_quant.quantizers import UniformQuantizer
 
 
 def check_fit(
@@ -84,7 +84,7 @@ def check_resumed(pl_module: LightningModule, key: str, learned: bool) -> None:
             "(load_from_checkpoint), and fit without ckpt_path"
         )
     for name, quantizer in plan.quantizers(pl_module).items() if learned else ():
-        if type(quantizer) is UniformQuantizer and not quantizer.scheme.dynamic:
+        if has_scale_to_learn(quantizer):
             raise ValueError(
                 f"`{name}` is quantized in this checkpoint, but not in this model as its first calibration samples "
                 f"run through it: resume with the model and the data that the run began with"

@@ -17,6 +17,7 @@ from lightning_quant.layers.denoiser import call_denoiser, given_timesteps, time
 from lightning_quant.layers.float_twin import as_float, is_altered
 from lightning_quant.layers.hadamard import hadamard, has_hadamard
 from lightning_quant.layers.learning import (
+    has_scale_to_learn,
     learn_scale,
     learn_scales,
     learned_parameters,
@@ -84,6 +85,7 @@ __all__ = [
     "given_timesteps",
     "hadamard",
     "has_hadamard",
+    "has_scale_to_learn",
     "is_altered",
     "learn_scale",
     "learn_scales",

@@ -7,6 +7,7 @@ flag stay, only the class changes and quantizers are added as children. So an op
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -176,6 +177,11 @@ class QuantizedLayer(nn.Module):
         if mask is None or mask.correction is None or mask.observer is not None:
             return bias
         return mask.correction if bias is None else bias + mask.correction
+
+    def with_bias(self, bias: Tensor) -> AbstractContextManager[None]:
+        """Let the layer add this bias for a while, which may be a Parameter that learns."""
+        assert self.bias_quantizer is not None
+        return self.bias_quantizer.observed_by(lambda given: bias.to(given.dtype))
 
     def settle_bias(self, bias: Tensor) -> None:
         """Find this bias for the layer, rounded to the format of ``bias_quantizer``."""

@@ -35,11 +35,21 @@ def learn_scales(model: nn.Module, plan: Plan, offsets: bool = False) -> None:
         learn_scale(model, name, offsets and quantizer.axis != 0)
 
 
+def has_scale_to_learn(quantizer: nn.Module) -> bool:
+    """Whether this is a static uniform quantizer that does not learn yet.
+
+    >>> has_scale_to_learn(UniformQuantizer("int8_sym_channel", axis=0)), has_scale_to_learn(nn.Identity())
+    (True, False)
+    """
+    return type(quantizer) is UniformQuantizer and not quantizer.scheme.dynamic
+
+
 def learn_scale(model: nn.Module, name: str, offset: bool = False) -> LearnedQuantizer | None:
     """Put a learned quantizer in the place of one of this name; ``None`` if its format has nothing to learn."""
     quantizer = model.get_submodule(name)
-    if type(quantizer) is not UniformQuantizer or quantizer.scheme.dynamic:
+    if not has_scale_to_learn(quantizer):
         return None
+    assert isinstance(quantizer, UniformQuantizer)
     learned = LearnedQuantizer.of(quantizer, offset and not quantizer.scheme.symmetric)
     _replace(model, name, learned)
     return learned

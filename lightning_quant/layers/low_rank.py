@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lightning_quant.quantizers import OwnPrecision
 
 __all__ = ["LowRank"]
 
 
-class LowRank(nn.Module):
+class LowRank(OwnPrecision):
     r"""Adds a product of two thin matrices to a weight.
 
     .. math:: \hat W' = \hat W + A B, \qquad y = x \hat W'^\top = x \hat W^\top + (x B^\top) A^\top
@@ -61,16 +63,6 @@ class LowRank(nn.Module):
         if not self.calibrated:
             return rows
         return rows + (self.up.float() @ self.down.float()).reshape(rows.shape).to(rows.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
-        # "bf16-true" casts every floating buffer; this one has the precision that its method chose
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any

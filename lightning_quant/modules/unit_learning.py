@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.layers import QuantAttention, QuantizedLayer, learn_scale, settle_scale
+from lightning_quant.layers import QuantAttention, QuantizedLayer, has_scale_to_learn, learn_scale, settle_scale
 from lightning_quant.modules.unit_data import UnitBatch
-from lightning_quant.quantizers import LearnedQuantizer, Quantizer, UniformQuantizer
+from lightning_quant.quantizers import LearnedQuantizer, Quantizer
 from lightning_quant.solvers import ROUNDINGS, Reconstruction, WeightRounding, moment_distance
 
 
@@ -55,7 +55,9 @@ class UnitLearning:
         """Whether there is a weight to round, or a scale to learn, in this phase."""
         layers = [self.model.get_submodule(name) for name in self.layers]
         rounded = any(isinstance(layer, QuantizedLayer) and layer.weight_quantizers() for layer in layers)
-        scaled = self.settings.scale_learning_rate is not None and any(map(self._has_a_scale, self.activations))
+        scaled = self.settings.scale_learning_rate is not None and any(
+            has_scale_to_learn(self._quantizer(name)) for name in self.activations
+        )
         weights = self.phase != "activations" and self.settings.rounding != "nearest" and rounded
         return weights or (self.phase != "weights" and scaled)
 
@@ -166,7 +168,7 @@ class UnitLearning:
                 stack.enter_context(quantizer.observed_by(_by(rounding)))
             if layer.bias_quantizer is not None:
                 self.biases[name] = nn.Parameter(layer.float_bias().detach().clone().float())
-                stack.enter_context(layer.bias_quantizer.observed_by(_instead(self.biases[name])))
+                stack.enter_context(layer.with_bias(self.biases[name]))
             yield
 
     @contextmanager
@@ -186,10 +188,6 @@ class UnitLearning:
         assert isinstance(quantizer, Quantizer)
         return quantizer
 
-    def _has_a_scale(self, name: str) -> bool:
-        quantizer = self._quantizer(name)
-        return type(quantizer) is UniformQuantizer and not quantizer.scheme.dynamic
-
     def _dropping(self, quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
         return lambda x: torch.where(self._kept(x), quantizer.rounded(x), x)
 
@@ -197,10 +195,6 @@ class UnitLearning:
         if self.random is None:
             return torch.ones((), dtype=torch.bool, device=x.device)
         return torch.rand(x.shape, generator=self.random, device=x.device) < self.settings.keep
-
-
-def _instead(bias: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda given: bias.to(given.dtype)
 
 
 def _by(rounding: WeightRounding) -> Callable[[Tensor], Tensor]:

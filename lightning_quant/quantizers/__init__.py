@@ -18,6 +18,7 @@ from lightning_quant.quantizers.logarithmic import (
 )
 from lightning_quant.quantizers.noisy import NoisyQuantizer
 from lightning_quant.quantizers.observers import Observer, refuse_nonfinite
+from lightning_quant.quantizers.own_precision import OwnPrecision
 from lightning_quant.quantizers.quantiles import quantile
 from lightning_quant.quantizers.ranges import Distribution, RangeRule, search
 from lightning_quant.quantizers.scheme import Scheme
@@ -38,6 +39,7 @@ __all__ = [
     "Mask",
     "NoisyQuantizer",
     "Observer",
+    "OwnPrecision",
     "Pattern",
     "Quantizer",
     "RangeRule",

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_quant.quantizers.own_precision import OwnPrecision
 from lightning_quant.quantizers.ranges import Distribution, RangeRule, search
 from lightning_quant.quantizers.scheme import Scheme
 
 __all__ = ["Quantizer", "straight_through"]
 
 
-class Quantizer(nn.Module, ABC):
+class Quantizer(OwnPrecision, ABC):
     r"""A number format with its scale: maps a float tensor to the nearest tensor the format can hold.
 
     The state is float32 buffers, and an *empty* buffer means "not calibrated": there is no other flag. An uncalibrated
@@ -290,16 +291,6 @@ class Quantizer(nn.Module, ABC):
         return view.amin(dims, keepdim=keep), view.amax(dims, keepdim=keep)
 
     # ------------------------------------------------------------------ nn.Module
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
-        # Lightning's "bf16-true" casts every floating buffer; a scale in bfloat16 would move the grid by up to 0.4 %.
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     def _load_from_state_dict(
         self,

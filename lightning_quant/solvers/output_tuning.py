@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import cycle, islice
 from typing import Any, NamedTuple
 
@@ -162,9 +161,8 @@ def _learned(layers: Iterable[QuantizedLayer]) -> Iterator[list[nn.Parameter]]:
     biases: list[nn.Parameter] = []
     with ExitStack() as stack:
         for layer in layers:
-            assert layer.bias_quantizer is not None
             bias = nn.Parameter(_bias(layer).detach().clone())
-            stack.enter_context(layer.bias_quantizer.observed_by(partial(_in_the_dtype_of, bias)))
+            stack.enter_context(layer.with_bias(bias))
             biases.append(bias)
         yield biases
 
@@ -173,7 +171,3 @@ def _bias(layer: QuantizedLayer) -> Tensor:
     bias = layer.full_bias()
     assert bias is not None
     return bias
-
-
-def _in_the_dtype_of(bias: Tensor, given: Tensor) -> Tensor:
-    return bias.to(given.dtype)
