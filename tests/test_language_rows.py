@@ -26,7 +26,7 @@ def test_the_settings_are_code_that_makes_the_same_callbacks():
 
 def test_bits_and_patterns_become_formats():
     (callback,) = LanguageRow("SmolLM2-135M", "GPTQ", "W3A32").callbacks()
-    assert callback.arguments["weights"] == "int3_asym_g64" and callback.arguments["activations"] is None
+    assert callback.arguments["weights"] == "int3_asym_g128" and callback.arguments["activations"] is None
     (callback,) = LanguageRow("stories260K", "rotated", "W4A8").callbacks()
     assert callback.arguments["activations"] == "int8_token_dynamic"
     (callback,) = LanguageRow("stories260K", "Wanda", "50%").callbacks()

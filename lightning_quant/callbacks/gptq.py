@@ -14,7 +14,7 @@ from lightning_quant.calibration import Hessian
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.solving import Notes, blocks_of, solve_blocks
 from lightning_quant.graph import ModelGraph, matches
-from lightning_quant.layers import Plan, QuantizedLayer, weight_rows
+from lightning_quant.layers import Plan, QuantizedLayer
 from lightning_quant.modules.block_sequence import Block
 from lightning_quant.quantizers import Scheme
 from lightning_quant.solvers import ColumnSolver, Masking, Rounding, output_error, settle
@@ -58,7 +58,7 @@ class GPTQ(PostTrainingQuantization):
         solved: what was noted of each layer in this process: tokens, and the error of its output relative to it.
 
     Raises:
-        ValueError: for an unknown format or pattern, groups that do not divide a layer's inputs, NaN in the calibration
+        ValueError: for an unknown format or pattern, NaN in the calibration
             data, or a model without blocks.
 
     >>> callback = GPTQ(weights="int4_g128", calibration_samples=128)
@@ -219,14 +219,8 @@ def _error(weight: Tensor, fixed: Tensor, hessians: Tensor) -> float:
 
 
 def _check_format(name: str, layer: nn.Module, weights: str | None) -> None:
-    """Refuse groups that do not divide the inputs of a layer, and one scale for what is solved in parts."""
-    scheme, inputs = Scheme.parse(weights or "int8"), weight_rows(layer)[0].numel()
-    if scheme.group_size is not None and inputs % scheme.group_size:
-        sizes = [size for size in range(1, inputs + 1) if inputs % size == 0]
-        raise ValueError(
-            f"weights={weights!r}: `{name}` has {inputs} inputs, which groups of {scheme.group_size} do not divide; "
-            f"set overrides={{{name!r}: ...}} with a group of {sizes} or one scale per channel"
-        )
+    """Refuse one scale for what is solved in parts."""
+    scheme = Scheme.parse(weights or "int8")
     if scheme.granularity == "tensor" and getattr(layer, "groups", 1) > 1:
         raise ValueError(
             f"weights={weights!r}: the groups of channels of `{name}` are solved apart, each with scales of its own; "

@@ -6,6 +6,7 @@ from lightning_quant.quantizers.base import Quantizer, straight_through
 from lightning_quant.quantizers.build import build_quantizer
 from lightning_quant.quantizers.cross import CrossQuantizer, kernel_share
 from lightning_quant.quantizers.floating import FloatQuantizer, float_grid, float_max, float_quantize
+from lightning_quant.quantizers.groups import in_groups, out_of_groups
 from lightning_quant.quantizers.histogram import Histogram
 from lightning_quant.quantizers.learned import LearnedQuantizer, scale_gradient
 from lightning_quant.quantizers.levels import from_steps, levels, to_steps
@@ -59,12 +60,14 @@ __all__ = [
     "float_max",
     "float_quantize",
     "from_steps",
+    "in_groups",
     "kernel_share",
     "levels",
     "log_dequantize",
     "log_dequantize_by_parity",
     "log_fake_quantize",
     "log_quantize",
+    "out_of_groups",
     "quantile",
     "quantize",
     "refuse_nonfinite",

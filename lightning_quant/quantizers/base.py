@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_quant.quantizers.groups import in_groups, out_of_groups
 from lightning_quant.quantizers.own_precision import OwnPrecision
 from lightning_quant.quantizers.ranges import Distribution, RangeRule, search
 from lightning_quant.quantizers.scheme import Scheme
@@ -114,7 +116,7 @@ class Quantizer(OwnPrecision, ABC):
             return self._solved(x)
         working = x if x.dtype in (torch.float32, torch.float64) else x.float()
         view = self._view(working)
-        return self.simulate(view, *self.state_for(view)).reshape(x.shape).to(x.dtype)
+        return self._unview(self.simulate(view, *self.state_for(view)), x.shape).to(x.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns the integer codes of ``x``: int32, never negative, in the shape of ``x``.
@@ -128,7 +130,7 @@ class Quantizer(OwnPrecision, ABC):
         if bool(x.isnan().any()):
             raise ValueError(f"{self!r} cannot encode NaN; check the tensor before encoding it.")
         view = self._view(x.float())
-        return self.to_codes(view, *self.state_for(view)).reshape(x.shape)
+        return self._unview(self.to_codes(view, *self.state_for(view)), x.shape)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class Quantizer(OwnPrecision, ABC):
         """
         self._require_stored_state("decode")
         view = self._view(codes)
-        return self.from_codes(view, *self.state_for(view)).reshape(codes.shape)
+        return self._unview(self.from_codes(view, *self.state_for(view)), codes.shape)
 
     # ------------------------------------------------------------------ state
 
@@ -243,15 +245,15 @@ class Quantizer(OwnPrecision, ABC):
         """Views ``x`` so that each group is the last axis; other granularities leave ``x`` alone."""
         if self.scheme.granularity != "group":
             return x
-        size = self.scheme.group_size
-        assert size is not None
+        assert self.scheme.group_size is not None
         x = x.flatten(1) if self.axis == 0 and x.dim() > 2 else x  # a convolution's (out, in, kh, kw)
-        length = x.shape[-1]
-        if length % size:
-            sizes = [divisor for divisor in range(1, length + 1) if length % divisor == 0]
-            raise ValueError(f'"{self.scheme}" does not divide {length} elements; group sizes that do: {sizes}.')
-        groups: Tensor = x.unflatten(-1, (length // size, size))
-        return groups
+        return in_groups(x, self.scheme.group_size)
+
+    def _unview(self, view: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of :meth:`_view`."""
+        if self.scheme.granularity == "group":
+            view = out_of_groups(view, math.prod(shape[1:]) if self.axis == 0 and len(shape) > 2 else shape[-1])
+        return view.reshape(shape)
 
     def _state_shape(self, view: Tensor) -> tuple[int, ...]:
         if self.scheme.granularity == "channel":

@@ -78,7 +78,7 @@ def to_steps(quantizer: Quantizer, x: Tensor) -> Tensor:
         steps = quantizer.to_ruler(steps, others[0])
     elif others:
         steps = steps + others[0]
-    return steps.reshape(x.shape)
+    return quantizer._unview(steps, x.shape)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ class Scheme:
         symmetric: Whether the zero point is 0. Always ``True`` for all but integers.
         granularity: What shares one scale: the whole tensor, a channel, a token (every index but the last axis) or a
             group of ``group_size`` consecutive elements.
-        group_size: Elements in a group, only with granularity ``"group"``.
+        group_size: Elements in a group, only with granularity ``"group"``; the last group of a row may have fewer.
         dynamic: Whether the range is taken from each tensor as it arrives. Implied by ``"token"``, as the range of a
             token cannot be known before the token.
         exponent: Exponent bits of a float.

@@ -60,7 +60,7 @@ class Rounding(Fix):
         state: the scales, in the order of ``quantizer.state_names``.
 
     Raises:
-        ValueError: if the format is dynamic, or its groups do not divide the weight.
+        ValueError: if the format is dynamic.
     """
 
     def __init__(self, quantizer: Quantizer, rule: RangeRule | str = "minmax", static: bool = False) -> None:
@@ -77,12 +77,10 @@ class Rounding(Fix):
 
     def start(self, weight: Tensor, order: Tensor) -> None:
         """Find the scales, or make room for those of the groups."""
-        if self.size is not None and weight.shape[1] % self.size:
-            raise ValueError(f'"{self.scheme}" does not divide {weight.shape[1]} inputs; set another group size')
         if self.grows:
             if not torch.equal(order, torch.arange(len(order), device=order.device)):
                 raise ValueError("columns out of their order need static_groups=True: a group is not in one place")
-            shape = (len(weight), weight.shape[1] // (self.size or 1))
+            shape = (len(weight), math.ceil(weight.shape[1] / (self.size or 1)))
             self.state = [torch.empty(shape, device=weight.device) for _ in self._grid.state_names]
         else:
             self.state = list(self._found(self._blank(self.size), weight))

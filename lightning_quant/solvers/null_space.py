@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_quant.quantizers import in_groups, out_of_groups
 
 __all__ = ["Absorption", "absorb_outliers", "null_space", "row_reach"]
 
@@ -95,17 +98,16 @@ def absorb_outliers(
 
 def row_reach(weight: Tensor, group: int | None = None) -> Tensor:
     """The largest weight of each row, or the root mean square of those of its groups: (out,)."""
-    groups = weight.abs().unflatten(1, (-1, group or weight.shape[1]))
+    groups = in_groups(weight.abs(), group or weight.shape[1])
     reach: Tensor = groups.amax(2).square().mean(1).sqrt()
     return reach
 
 
 def _importance(weight: Tensor, tau: float, group: int | None) -> Tensor:
     """The weights that a row's scale hangs on, summing up to 1."""
-    size = weight.abs().unflatten(1, (-1, group or weight.shape[1]))
+    size = in_groups(weight.abs(), group or weight.shape[1], fill=-math.inf)
     width = tau * size.amax(2, keepdim=True).clamp(min=TINY)
-    importance: Tensor = ((size / width).softmax(2) / size.shape[1]).flatten(1)
-    return importance
+    return out_of_groups((size / width).softmax(2) / size.shape[1], weight.shape[1])
 
 
 def _conjugate_gradients(normal: Callable[[Tensor], Tensor], right: Tensor, tolerance: float, steps: int) -> Tensor:

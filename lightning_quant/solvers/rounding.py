@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,11 @@ class WeightRounding(nn.Module):
     def groups(self, rounding_lr: float, scale_lr: float) -> list[dict[str, object]]:
         """The Parameters with their learning rates, as an optimizer takes them."""
         return [{"params": list(self.parameters()), "lr": rounding_lr, "decay": False}]
+
+    def _as_weight(self, rows: Tensor) -> Tensor:
+        """Back to the layout of the weight from (scales, elements), without what fills up the last group of a row."""
+        channels = self.shape[0]
+        return rows.reshape(channels, -1)[:, : math.prod(self.shape[1:])].reshape(self.shape)
 
 
 class SoftRounding(WeightRounding):
@@ -96,7 +103,7 @@ class SoftRounding(WeightRounding):
 
     def weight(self) -> Tensor:
         """Between the neighbours."""
-        return ((self.low + self.share() * self.gap) * self.scale).reshape(self.shape)
+        return self._as_weight((self.low + self.share() * self.gap) * self.scale)
 
     def penalty(self, sharpness: float) -> Tensor:
         """How undecided the weights are, summed."""
@@ -108,7 +115,7 @@ class SoftRounding(WeightRounding):
         """Round up where ``V >= 0``, and see that the codes are what was computed with in the limit."""
         if not bool(self.choice.isfinite().all()):
             raise ValueError("the rounding has diverged (NaN); lower learning_rate=")
-        limit = ((self.low + (self.choice >= 0) * self.gap) * quantizer.scale.reshape(-1, 1)).reshape(self.shape)
+        limit = self._as_weight((self.low + (self.choice >= 0) * self.gap) * quantizer.scale.reshape(-1, 1))
         quantizer.solve(quantizer.encode(limit))
         # quantizer.scale, not ours: it may have been learned too, and what counts is what the quantizer gives back
         if not torch.allclose(quantizer.rounded(limit), limit, rtol=1e-5, atol=0):
@@ -232,10 +239,6 @@ class FreeRounding(WeightRounding):
 
     def _positive(self) -> Tensor:
         return self.scale.detach().abs().clamp(min=TINY)
-
-    def _as_weight(self, rows: Tensor) -> Tensor:
-        """Back to the layout of the weight: output channels, and groups within them, are in order."""
-        return rows.reshape(self.shape)
 
 
 ROUNDINGS: dict[str, type[WeightRounding]] = {

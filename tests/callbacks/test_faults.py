@@ -268,12 +268,6 @@ def test_an_unknown_loader_word_is_refused():
         validate(model, ptq(calibration_loader="test"))
 
 
-def test_a_group_that_does_not_divide_is_refused_by_name():
-    model = TinyTransformer()
-    with refused(model, r"embed\.weight.*16.*group sizes that do"):
-        validate(model, ptq(weights="int4_g7"))
-
-
 @pytest.mark.parametrize(
     ("argument", "words"),
     [

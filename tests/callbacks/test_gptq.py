@@ -1,6 +1,7 @@
 """GPTQ solves the blocks of any model, one behind the other, and leaves its Parameters alone."""
 
 import copy
+import math
 
 import lightning as L
 import pytest
@@ -283,11 +284,13 @@ def test_models_without_blocks_are_refused_unless_some_are_named():
     assert list(callback.solved) == ["fc.0"]
 
 
-def test_groups_that_do_not_fit_are_refused_by_name_before_anything_is_changed():
+@pytest.mark.parametrize("weights", ["int4_asym_g12", "int4_asym_g128"])
+def test_the_last_group_of_a_row_may_be_shorter(weights):
     model = TinyTransformer().eval()
-    with pytest.raises(ValueError, match=r"`blocks\.0\.qkv` has 16 inputs, which groups of 12 do not divide"):
-        validated(GPTQ("int4_g12"), model)
-    assert is_float(model)
+    validated(GPTQ(weights), model)
+    qkv = model.get_submodule("blocks.0.qkv")
+    assert qkv.weight_quantizer.scale.shape == (48, math.ceil(16 / int(weights.rsplit("g")[1])))
+    assert torch.equal(qkv.rounded_rows(), qkv.weight_quantizer.decode(qkv.weight_quantizer.codes))
 
 
 def test_few_tokens_are_warned_of_and_an_argument_accepts_them():

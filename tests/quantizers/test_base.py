@@ -116,9 +116,18 @@ def test_groups_of_a_linear_and_of_a_convolution_weight():
         assert torch.equal(quantizer.decode(quantizer.encode(weight)), y)
 
 
-def test_group_size_that_does_not_divide():
-    with pytest.raises(ValueError, match=r"does not divide 12 elements; .* \[1, 2, 3, 4, 6, 12\]"):
-        fitted("int4_g5", torch.randn(4, 12), 0)
+@pytest.mark.parametrize("scheme", ["int4_sym_g5", "int4_asym_g5", "fp4_e2m1_g5", "int4_asym_g64"])
+@pytest.mark.parametrize("shape", [(4, 12), (4, 3, 2, 2)])
+def test_the_last_group_of_a_row_may_be_shorter(scheme, shape):
+    weight = torch.randn(shape) + 0.5
+    quantizer, alone = fitted(scheme, weight, 0, "mse"), scheme.rsplit("_", 1)[0]
+    found, rows = quantizer(weight), weight.flatten(1)
+    for row, values in zip(rows, found.flatten(1), strict=True):
+        for group, value in zip(
+            row.split(int(scheme.rsplit("g", 1)[1])), values.split(int(scheme.rsplit("g", 1)[1])), strict=True
+        ):
+            assert torch.equal(fitted(alone, group, rule="mse")(group), value)
+    assert torch.equal(quantizer.decode(quantizer.encode(weight)), found)
 
 
 def test_static_groups_of_activations_are_refused_and_dynamic_ones_work():

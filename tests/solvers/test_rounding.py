@@ -6,7 +6,15 @@ import torch
 from lightning_quant.quantizers import build_quantizer, levels, to_steps
 from lightning_quant.solvers import ROUNDINGS, FreeRounding, JointRounding, Reconstruction, SoftRounding, TrainedWeight
 
-FORMATS = ["int4_sym_channel", "int4_asym_channel", "int2_sym_tensor", "uint3_asym_channel", "int4_sym_g8", "fp4_e2m1"]
+FORMATS = [
+    "int4_sym_channel",
+    "int4_asym_channel",
+    "int2_sym_tensor",
+    "uint3_asym_channel",
+    "int4_sym_g8",
+    "int4_asym_g5",
+    "fp4_e2m1",
+]
 
 
 def weight_and_quantizer(scheme, seed=0, rule="mse"):
@@ -48,7 +56,7 @@ def test_every_weight_hardens_to_one_of_its_two_neighbours(scheme):
     place, found = to_steps(quantizer, weight), to_steps(quantizer, solved).round(decimals=3)
     assert torch.isin(found, marks).all()
     inside = (place >= marks[0]) & (place <= marks[-1])
-    up = up.reshape(weight.shape)
+    up = rounding._as_weight(up)
     assert (found[inside & up] >= place[inside & up] - 1e-3).all()
     assert (found[inside & ~up] <= place[inside & ~up] + 1e-3).all()
 
