@@ -27,8 +27,9 @@ hypothesis.settings.load_profile("lightning_quant")
 
 
 @pytest.fixture(autouse=True)
-def same_start(tmp_path, monkeypatch):
-    """Seeds, one thread and an empty working directory, where logs and checkpoints can land."""
+def same_start(tmp_path, monkeypatch, doctest_namespace):
+    """Seeds, one thread and an empty working directory, where logs and checkpoints can land; examples know torch."""
+    doctest_namespace["torch"] = torch
     monkeypatch.chdir(tmp_path)
     random.seed(0)
     np.random.seed(0)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from lightning_quant.metrics.comparison import Comparison, class_indices, require_same_shape, share
+from lightning_quant.metrics.comparison import MeanComparison, class_indices, require_same_shape, share
 
 
 def top_one_agreement(quantized: Tensor, reference: Tensor) -> Tensor:
@@ -28,7 +25,7 @@ def top_one_agreement(quantized: Tensor, reference: Tensor) -> Tensor:
     return share(*_agreeing(quantized, reference))
 
 
-class TopOneAgreement(Comparison):
+class TopOneAgreement(MeanComparison):
     r"""Share of predictions on which the two models agree; it needs no labels.
 
     .. math:: \frac{1}{N} \sum_{n=1}^N 1[\arg\max_c x_{nc} = \arg\max_c r_{nc}]
@@ -62,22 +59,9 @@ class TopOneAgreement(Comparison):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
-    agreeing: Tensor
-    predictions: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_sum("agreeing", torch.int64)
-        self.add_sum("predictions", torch.int64)
-
     def update(self, quantized: Tensor, reference: Tensor) -> None:
         """Count the agreements of one batch."""
-        agreeing, predictions = _agreeing(quantized, reference)
-        self.agreeing, self.predictions = self.agreeing + agreeing, self.predictions + predictions
-
-    def compute(self) -> Tensor:
-        """The share over all predictions."""
-        return share(self.agreeing, self.predictions)
+        self.add(*_agreeing(quantized, reference))
 
 
 def _agreeing(quantized: Tensor, reference: Tensor) -> tuple[Tensor, int]:

@@ -32,6 +32,26 @@ class Comparison(Metric):
         return self._plot(val, ax)
 
 
+class MeanComparison(Comparison):
+    """The mean of something over all samples, predictions or tokens; a subclass adds what one batch has of it."""
+
+    summed: Tensor
+    counted: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_sum("summed", torch.float64)
+        self.add_sum("counted", torch.int64)
+
+    def add(self, part: Tensor, count: int) -> None:
+        """Add a sum, and of how many it is."""
+        self.summed, self.counted = self.summed + part, self.counted + count
+
+    def compute(self) -> Tensor:
+        """The mean over everything that was seen."""
+        return share(self.summed, self.counted)
+
+
 def require_same_shape(quantized: Tensor, reference: Tensor) -> None:
     """Refuse to let outputs of different shapes broadcast against each other.
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lightning_quant.metrics.comparison import Comparison, at_least_single, require_same_shape, share
+from lightning_quant.metrics.comparison import MeanComparison, at_least_single, require_same_shape
 
 
 def cosine_fidelity(quantized: Tensor, reference: Tensor) -> Tensor:
@@ -27,7 +25,7 @@ def cosine_fidelity(quantized: Tensor, reference: Tensor) -> Tensor:
     return _cosines(quantized, reference).mean()
 
 
-class CosineFidelity(Comparison):
+class CosineFidelity(MeanComparison):
     r"""Mean cosine between the outputs of the two models, sample by sample.
 
     .. math:: \frac{1}{N} \sum_{n=1}^N \frac{\langle x_n, r_n \rangle}{\|x_n\| \, \|r_n\|}
@@ -61,22 +59,10 @@ class CosineFidelity(Comparison):
     plot_lower_bound = -1.0
     plot_upper_bound = 1.0
 
-    cosines: Tensor
-    samples: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_sum("cosines", torch.float64)
-        self.add_sum("samples", torch.int64)
-
     def update(self, quantized: Tensor, reference: Tensor) -> None:
         """Add the cosines of one batch."""
         cosines = _cosines(quantized, reference)
-        self.cosines, self.samples = self.cosines + cosines.sum(), self.samples + len(cosines)
-
-    def compute(self) -> Tensor:
-        """The mean over all samples."""
-        return share(self.cosines, self.samples)
+        self.add(cosines.sum(), len(cosines))
 
 
 def _cosines(quantized: Tensor, reference: Tensor) -> Tensor:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from lightning_quant.metrics.comparison import Comparison, at_least_single, require_same_shape, share
+from lightning_quant.metrics.comparison import MeanComparison, at_least_single, require_same_shape, share
 
 IGNORED = -100  # the label of a token that is not to be predicted, as in torch's cross entropy and in transformers
 
@@ -54,7 +51,7 @@ def perplexity(logits: Tensor, labels: Tensor) -> Tensor:
     return share(*_surprise(logits, labels)).exp()
 
 
-class Perplexity(Comparison):
+class Perplexity(MeanComparison):
     r"""Perplexity of a language model over a stream of tokens.
 
     .. math:: \exp \left( - \frac{1}{N} \sum_{n=1}^N \log p(x_n \mid x_{<n}) \right)
@@ -87,22 +84,13 @@ class Perplexity(Comparison):
     higher_is_better = False
     plot_lower_bound = 1.0
 
-    surprise: Tensor
-    predictions: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_sum("surprise", torch.float64)
-        self.add_sum("predictions", torch.int64)
-
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add the surprise of one batch."""
-        surprise, predictions = _surprise(logits, labels)
-        self.surprise, self.predictions = self.surprise + surprise, self.predictions + predictions
+        self.add(*_surprise(logits, labels))
 
     def compute(self) -> Tensor:
         """The perplexity over all tokens."""
-        return share(self.surprise, self.predictions).exp()
+        return super().compute().exp()
 
 
 def prediction_divergence(quantized: Tensor, reference: Tensor) -> Tensor:
@@ -122,7 +110,7 @@ def prediction_divergence(quantized: Tensor, reference: Tensor) -> Tensor:
     return share(*_divergence(quantized, reference))
 
 
-class PredictionDivergence(Comparison):
+class PredictionDivergence(MeanComparison):
     r"""Mean Kullback-Leibler divergence of a model's predictions from those of its float twin, in nats.
 
     .. math:: \frac{1}{N} \sum_{n=1}^N \sum_c p_{nc} \, (\log p_{nc} - \log q_{nc})
@@ -154,22 +142,9 @@ class PredictionDivergence(Comparison):
     higher_is_better = False
     plot_lower_bound = 0.0
 
-    divergence: Tensor
-    predictions: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_sum("divergence", torch.float64)
-        self.add_sum("predictions", torch.int64)
-
     def update(self, quantized: Tensor, reference: Tensor) -> None:
         """Add the divergences of one batch."""
-        divergence, predictions = _divergence(quantized, reference)
-        self.divergence, self.predictions = self.divergence + divergence, self.predictions + predictions
-
-    def compute(self) -> Tensor:
-        """The mean over all predictions."""
-        return share(self.divergence, self.predictions)
+        self.add(*_divergence(quantized, reference))
 
 
 def _surprise(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
