@@ -30,9 +30,14 @@ class Kernel(nn.Module, ABC):
     low_bit: ClassVar[bool] = True
 
     @classmethod
+    def considers(cls, spec: LayerSpec) -> bool:
+        """Whether a layer is of its kind and on its device, so that it should say why it does not take it."""
+        return spec.kind in cls.kinds and spec.device == cls.device
+
+    @classmethod
     @abstractmethod
     def why_not(cls, spec: LayerSpec) -> str | None:
-        """Why this kernel does not take a layer of its kind on its device, or ``None`` if it does."""
+        """Why this kernel does not take a layer that it considers, or ``None`` if it does."""
 
     @classmethod
     @abstractmethod

@@ -12,9 +12,10 @@ from lightning_quant.kernels.int8_conv import Int8Conv
 from lightning_quant.kernels.int8_linear import Int8Linear
 from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.weight_only import Int4Weights, Int8Weights
 
 # The first one that takes a layer answers for it.
-KERNELS: tuple[type[Kernel], ...] = (Int8Linear, Int8Conv)
+KERNELS: tuple[type[Kernel], ...] = (Int8Linear, Int8Conv, Int4Weights, Int8Weights)
 FALLBACK = DecodedWeights
 
 
@@ -42,8 +43,7 @@ def choose(spec: LayerSpec) -> Choice:
     >>> choose(LayerSpec("Linear", "cpu", torch.float32, (32, 64), Scheme.parse("fp8_e4m3"), None)).why_not
     'its weights are fp8_e4m3'
     """
-    fitting = [kernel for kernel in KERNELS if spec.kind in kernel.kinds and spec.device == kernel.device]
-    refusals = {kernel: kernel.why_not(spec) for kernel in fitting}
+    refusals = {kernel: kernel.why_not(spec) for kernel in KERNELS if kernel.considers(spec)}
     for kernel, refusal in refusals.items():
         if refusal is None:
             return Choice(kernel, None)

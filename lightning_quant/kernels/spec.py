@@ -76,6 +76,10 @@ class LayerSpec:
                 return f"its {what} are {scheme}"
         if self.stepwise:
             return "the scale of its input depends on the step of the trajectory"
+        return self.why_not_plain_grid()
+
+    def why_not_plain_grid(self) -> str | None:
+        """What the weight or the input has beside integers and scales, or ``None``."""
         return None if self.plain else "its grid has noise, a fractional zero point or a branch beside it"
 
 

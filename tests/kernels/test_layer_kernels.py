@@ -13,6 +13,7 @@ from lightning_quant.kernels.int8_linear import Int8Linear
 from lightning_quant.kernels.layer_door import give_back, run_on
 from lightning_quant.kernels.registry import choose
 from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.weight_only import Int4Weights, Int8Weights
 from lightning_quant.layers import quantize_layer
 from lightning_quant.quantizers import Scheme
 
@@ -154,6 +155,15 @@ def test_convolutions_whose_windows_overlap(conv, inputs):
         (nn.Linear(8, 8), "int8_g4", "int8_asym_tensor", "not with one scale per channel"),
         (nn.Linear(8, 8), "int8_sym_channel", None, "its inputs are float"),
         (nn.Linear(8, 8), "int12_sym_channel", "int8", "its weights are int12"),
+        (nn.Linear(8, 8), "int12_sym_channel", None, "its weights are int12"),
+        (nn.Linear(32, 16), "int4_g32", None, 'not bfloat16: precision="bf16-true"'),
+        (nn.Linear(32, 16).bfloat16(), "fp8_e4m3", None, "its weights are fp8_e4m3"),
+        (nn.Linear(80, 16).bfloat16(), "int4_g64", None, "its 80 inputs are 1.25 groups of 64"),
+        (nn.Linear(96, 16).bfloat16(), "int4_g48", None, "its 96 inputs are 2 groups of 48, not"),
+        (nn.Linear(40, 16).bfloat16(), "int4_channel", None, "no groups of 32, 64, 128 or 256"),
+        (nn.Linear(32, 8).bfloat16(), "int4_g32", None, "its 8 outputs are no multiple of 16"),
+        (nn.Linear(32, 8).bfloat16(), "int8_g32", None, "not symmetric with one scale per channel"),
+        (nn.Linear(40, 8).bfloat16(), "int8_channel", None, "its 40 inputs are no multiple of 32"),
         (nn.Linear(8, 8), "int8_sym_channel", "int8_asym_channel", "its inputs are int8_asym_channel"),
         (nn.Linear(8, 8).double(), "int8_sym_channel", "int8", "float64"),
         (nn.Conv2d(4, 4, 3, padding="same"), "int8_sym_channel", "int8", "padding"),
@@ -177,6 +187,32 @@ def test_overlapping_convolutions_of_eight_bits_need_exact_sums():
         assert "saturate on this CPU" in choice.why_not and "7 bits" in choice.why_not
     else:
         assert choice.kernel is Int8Conv
+
+
+WEIGHTS_ALONE = {
+    "int4_sym_g32": Int4Weights,
+    "int4_asym_g64": Int4Weights,
+    "uint4_asym_channel": Int4Weights,
+    "int4_sym_tensor": Int4Weights,
+    "int3_asym_g128": Int4Weights,
+    "int2_asym_g32": Int4Weights,
+    "int8_sym_channel": Int8Weights,
+    "int6_sym_tensor": Int8Weights,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(5, 128), (128,), (0, 128), (2, 3, 128)], ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS_ALONE)
+def test_weights_alone_in_bfloat16(weights, shape):
+    x = skewed(*shape).bfloat16()
+    layer = calibrated(nn.Linear(128, 48, bias=shape != (128,)).bfloat16(), weights, None, x)
+    assert choose(LayerSpec.of(layer)).kernel is WEIGHTS_ALONE[weights]
+    exact = layer.float()(x.float())
+    layer.bfloat16()
+    assert_same(layer, WEIGHTS_ALONE[weights], x, rtol=4e-2, atol=0.1)
+    run_on(layer, WEIGHTS_ALONE[weights].of(layer))
+    assert (layer(x) - exact).norm() <= 8e-3 * exact.norm()  # inputs of bfloat16 have 8 bits of precision
 
 
 @torch.no_grad()
