@@ -53,7 +53,9 @@ ROUNDING = {
     "nearest on extremes": Method("PostTrainingQuantization", {"ranges": "minmax"}, "_asym"),
     "BRECQ on extremes": Method("PostTrainingQuantization", {"ranges": "minmax", "reconstruct": "brecq"}, "_asym"),
 }
-ALL = METHODS | ROUNDING
+# Methods of language models, on a model of sentences; their own table is in language_rows.py.
+SENTENCES = {"GPTQ": Method("GPTQ", {"attention": False})}
+ALL = METHODS | ROUNDING | SENTENCES
 
 
 class Row(NamedTuple):
@@ -143,6 +145,7 @@ def rows() -> list[Row]:
     found += [Row("DeiT-Tiny", method, "W4A4") for method in there]
     found += [Row("ResNet-20", method, "W4A4") for method in ("min-max", "AdaRound", "BRECQ")]
     found += [Row("MiniLM", method, "W8A8") for method in ("min-max", "nearest")]
+    found += [Row("MiniLM", method, bits) for bits in ("W4A32", "W3A32") for method in ("nearest on extremes", "GPTQ")]
     found += [Row("EfficientNet-Lite0", "float", "W32A32")]
     found += [Row("EfficientNet-Lite0", method, "W8A8") for method in ("min-max", "nearest")]
     found += [Row("DeiT-Tiny", method, bits) for bits in BITS[1:] for method in there]
