@@ -17,6 +17,8 @@ from lightning_quant.kernels.sparse_attention.pooling import mean_blocks, pool_b
 from lightning_quant.kernels.sparse_attention.rectification import Rectification, rectify
 from lightning_quant.kernels.sparse_attention.selection import choose_blocks, implicit_attention, pooling_is_worth_it
 
+TOKENS_AT_ONCE = 2**12
+
 
 @dataclass(frozen=True)
 class Sparsity:
@@ -138,6 +140,27 @@ def rectified_sparse_attention(
     """
     mask = mask or KeyMask()
     scale = query.size(-1) ** -0.5 if scale is None else scale
+    group, (batch, key_heads, length, _) = query.size(1) // key.size(1), key.shape
+    # A CPU takes few heads at once: what is made of them on the way stays in its cache.
+    at_once = key_heads if query.is_cuda else max(1, TOKENS_AT_ONCE // (batch * group * length))
+    if at_once >= key_heads:
+        return _attend(query, key, value, blocks, sparsity, mask, scale)
+    output, selections = query.new_empty(*query.shape[:3], value.size(-1)), []
+    parts = (x.split(at_once * heads, 1) for x, heads in ((query, group), (key, 1), (value, 1), (output, group)))
+    for near_query, near_key, near_value, out in zip(*parts, strict=True):
+        attended = _attend(near_query, near_key, near_value, blocks, sparsity, mask, scale)
+        out.copy_(attended.output)
+        selections.append(attended.selection)
+    kept = torch.cat([selection.kept for selection in selections], 1)
+    factors, addends = zip(*(selection.rectification for selection in selections), strict=True)
+    rectification = Rectification(torch.cat(factors, 1), torch.cat(addends, 1))
+    return Attended(output, Selection(kept, rectification, selections[0].size))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, sparsity: Sparsity, mask: KeyMask, scale: float
+) -> Attended:
+    """The same for some of the heads."""
     visual_query = query.index_select(2, blocks.visual)
     ordered_key, ordered_value = (x.index_select(2, blocks.order) for x in (key, value))  # the text comes last
     valid = None if mask.valid is None else mask.valid[:, blocks.order]
