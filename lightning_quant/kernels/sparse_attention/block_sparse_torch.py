@@ -82,8 +82,8 @@ def attend(
         if hidden is not None:
             scores.masked_fill_(hidden, float("-inf"))
         torch.softmax(scores, -1, out=scores)
-        if hidden is not None:
-            scores.masked_fill_(hidden, 0.0)  # a query with nothing to see
+        if hidden is not None and (valid is not None or causal):
+            scores.masked_fill_(hidden, 0.0)  # a query may have nothing to see
         near_value = _gather(value, place, room).view(n, near, value_dim)
         torch.bmm(scores, near_value, out=answers[these])
 
