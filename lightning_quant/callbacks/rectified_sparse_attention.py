@@ -61,6 +61,8 @@ class RectifiedSparseAttention(AttentionOverride):
         rectify: ``"critical"`` (the factor R) and ``"noncritical"`` (the sum); with ``()`` plain sparse attention.
         backend: ``"triton"``, ``"flex"`` (CUDA) or ``"torch"`` (anywhere); ``"auto"``: the first that can serve.
         dense_first_frame: whether the blocks of the first frame all keep each other, as Wan wants it.
+        int8_scores: whether the kernel rounds queries and keys to 8 bits, with a scale for every block. Triton then
+            multiplies integers; the torch backend multiplies what they stand for, and gains nothing.
 
     Raises:
         ValueError: at the first batch, if no attention can be sparse, or grid, prefix and suffix fit no sequence.
@@ -86,6 +88,7 @@ class RectifiedSparseAttention(AttentionOverride):
         rectify: Sequence[Literal["critical", "noncritical"]] = ("critical", "noncritical"),
         backend: Backend = "auto",
         dense_first_frame: bool = False,
+        int8_scores: bool = False,
     ) -> None:
         super().__init__()
         if block < 1 or warmup_steps < 0:
@@ -95,7 +98,7 @@ class RectifiedSparseAttention(AttentionOverride):
         self.block, self.order, self.dense_first_frame = block, order, dense_first_frame
         self.grid, self.prefix_tokens, self.suffix_tokens = grid, prefix_tokens, suffix_tokens
         self.warmup_steps, self.dense_layers = warmup_steps, list(dense_layers)
-        self.sparsity = Sparsity(drop_rate, p_remain, tuple(rectify), backend)
+        self.sparsity = Sparsity(drop_rate, p_remain, tuple(rectify), backend, int8_scores)
         self._steps = DenoisingSteps()
         self._sites: dict[str, SparseSite] = {}
 

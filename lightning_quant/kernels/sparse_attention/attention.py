@@ -29,12 +29,14 @@ class Sparsity:
         p_remain: share of the implicit attention that is kept at least.
         parts: what is rectified: ``"critical"``, ``"noncritical"``.
         backend: of the block-sparse kernel.
+        int8_scores: whether it rounds queries and keys to 8 bits.
     """
 
     drop_rate: float = 0.8
     p_remain: float = 0.3
     parts: tuple[str, ...] = ("critical", "noncritical")
     backend: Backend = "auto"
+    int8_scores: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
@@ -176,6 +178,7 @@ def _attend(
         valid=valid,
         causal=mask.causal,
         rectification=selection.rectification if sparsity.parts else None,
+        int8_scores=sparsity.int8_scores,
         backend=sparsity.backend,
     )
     if not len(blocks.text):
