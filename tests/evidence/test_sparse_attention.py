@@ -51,6 +51,7 @@ def top1(*callbacks):
     return 100 * trainer(*callbacks).validate(deit_tiny_384(), Enlarged(), verbose=False)[0]["top1"]
 
 
+@pytest.mark.long
 def test_deit_tiny_keeps_its_accuracy_with_half_the_blocks_dropped(capsys):
     dense, found = top1(), {}
     for name, parts in (("rectified", ("critical", "noncritical")), ("plain", ())):

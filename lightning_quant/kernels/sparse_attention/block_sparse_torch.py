@@ -18,7 +18,7 @@ from lightning_quant.kernels.sparse_attention.curve import inverse_order
 from lightning_quant.kernels.sparse_attention.lists import BlockLists
 from lightning_quant.kernels.sparse_attention.rectification import Rectification
 
-KEYS_PER_BATCH = 2**12
+KEYS_PER_BATCH = 2**13
 MODE = "sdpa"
 
 
