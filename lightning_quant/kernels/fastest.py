@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.kernels.kernel import Kernel
-from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.spec import AnySpec
 from lightning_quant.layers import QuantizedLayer
 
 ROUNDS = 3  # the first one warms up
@@ -39,16 +39,16 @@ class Fastest(Kernel):
         return self.second if self.seconds and self.seconds[1] < self.seconds[0] else self.first
 
     @classmethod
-    def why_not(cls, spec: LayerSpec) -> str | None:
+    def why_not(cls, spec: AnySpec) -> str | None:
         """Is made of kernels, not chosen by a spec."""
         return "it is made of two kernels"
 
     @classmethod
-    def of(cls, layer: QuantizedLayer, packed: bool = False) -> Kernel:
+    def of(cls, layer: Any, packed: bool = False) -> Kernel:
         """Is made of kernels, not of a layer."""
         raise TypeError("Fastest is made of two kernels")
 
-    def run(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Any:
+    def run(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         """Answer the layer's ``forward``; the first call also measures."""
         if not self.seconds and any(isinstance(x, Tensor) and x.numel() for x in (*args, *kwargs.values())):
             self._measure(layer, *args, **kwargs)
@@ -62,7 +62,7 @@ class Fastest(Kernel):
         """A weight on its grid, as the layer stores it."""
         return self.second.weight(layer, name)
 
-    def _measure(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> None:
+    def _measure(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         seconds = [torch.inf, torch.inf]
         for _ in range(ROUNDS):
             for place, kernel in enumerate((self.first, self.second)):
