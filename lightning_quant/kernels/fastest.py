@@ -1,4 +1,4 @@
-"""The faster of two kernels, as measured on what the layer is really given."""
+"""The faster of two kernels, as measured on some of what the layer is really given."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import AnySpec
 from lightning_quant.layers import QuantizedLayer
 
 ROUNDS = 3  # the first one warms up
+ENOUGH = 2**19  # elements of the input
 
 
 class Fastest(Kernel):
@@ -51,7 +52,9 @@ class Fastest(Kernel):
     def run(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         """Answer the layer's ``forward``; the first call also measures."""
         if not self.seconds and any(isinstance(x, Tensor) and x.numel() for x in (*args, *kwargs.values())):
-            self._measure(layer, *args, **kwargs)
+            self._measure(
+                layer, *(_few(layer, x) for x in args), **{name: _few(layer, x) for name, x in kwargs.items()}
+            )
         return self.chosen.run(layer, *args, **kwargs)
 
     def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
@@ -70,3 +73,11 @@ class Fastest(Kernel):
                 kernel.run(layer, *args, **kwargs)
                 seconds[place] = min(seconds[place], time.perf_counter() - began)
         self.seconds = tuple(seconds)
+
+
+def _few(layer: nn.Module, x: Any) -> Any:
+    """The first samples of an input, if there are more than it takes to tell which kernel is faster."""
+    dims = layer.weight.dim() if isinstance(layer, nn.modules.conv._ConvNd) else 2
+    if not isinstance(x, Tensor) or x.dim() < dims or x.numel() <= ENOUGH:
+        return x
+    return x[: max(1, len(x) * ENOUGH // x.numel())]

@@ -18,6 +18,8 @@ from lightning_quant.layers.base import through
 from lightning_quant.quantizers import UniformQuantizer
 
 PIECE = 2**18  # elements of the attention map that are worked on at a time: they stay in the processor's cache
+ONE_BY_ONE = 2**19  # multiplications from which on a product of bytes by itself is faster than a batch of float ones
+LONGEST_FLOAT_SUM = 2**24 // 128**2  # of products of two bytes, so that float32 holds it exactly
 
 
 class Int8Attention(Kernel):
@@ -25,14 +27,11 @@ class Int8Attention(Kernel):
 
     With int8 codes :math:`\tilde q = q / s_q + o_q` and likewise for k, p and v,
 
-    .. math:: q_l \cdot k_j = s_q s_k \big( \tilde q_l \cdot \tilde k_j - o_q \sum_d \tilde k_{jd} \big) + c_l
+    .. math:: \sum_d q_{ld} k_{jd} = s_q s_k \Big( \sum_d \tilde q_{ld} \tilde k_{jd} - o_q \sum_d \tilde k_{jd}
+              - o_k \sum_d \tilde q_{ld} + D \, o_q o_k \Big)
 
-    where :math:`c_l` is the same for all keys j of row l, so that the softmax does not see it, and
-
-    .. math:: \sum_j p_{lj} v_{jd} = s_p s_v \Big( \sum_j \tilde p_{lj} \tilde v_{jd} - o_p \sum_j \tilde v_{jd}
-              - o_v \sum_j \tilde p_{lj} + S \, o_p o_v \Big).
-
-    The map is made piece by piece. Probabilities that are no plain integers of at most 8 bits meet the values in float.
+    and so for the probabilities and the values. The map is made piece by piece. Probabilities that are no plain integers
+    of at most 8 bits meet the values in float.
     """
 
     name: ClassVar[str] = "int8 attention (oneDNN)"
@@ -100,29 +99,19 @@ class Int8Attention(Kernel):
         return out.view(*lead, *out.shape[1:]).to(query.dtype)
 
     def _scores(self, piece: _Work, q: Tensor, k: Tensor, factor: float) -> None:
-        """(n, l, E) and (n, S, E) int8 -> (n, l, S), up to a constant for each row."""
-        sums = _multiply(q, k.transpose(1, 2), piece.sums)
-        if self.query.offset:
-            missing = k.sum(-1, dtype=torch.int32).unsqueeze(1) * (-self.query.offset * factor)
-            torch.add(missing, sums, alpha=factor, out=piece.scores)
-        else:
-            torch.mul(sums, factor, out=piece.scores)
+        """(n, l, E) and (n, S, E) int8 -> (n, l, S)."""
+        sums = _multiply(q, k.transpose(1, 2), piece.sums, self.query.offset, self.key.offset)
+        torch.mul(sums, factor, out=piece.scores)
 
     def _values(self, piece: _Work, attention: QuantAttention, maps: Tensor, v: Tensor, out: Tensor) -> None:
         """(n, l, S) and (n, S, Ev) int8 -> (n, l, Ev)."""
-        o_v = self.value.offset
         if self.probabilities is None:
             maps = through(attention.probabilities_quantizer, maps)
-            torch.mul(maps @ v.float().sub_(o_v), self.value.scale, out=out)
+            torch.mul(maps @ v.float().sub_(self.value.offset), self.value.scale, out=out)
             return
-        o_p, factor = self.probabilities.offset, self.probabilities.scale * self.value.scale
         p = self.probabilities.signed_(maps, piece.codes)
-        sums = _multiply(p, v, piece.answers)
-        if o_p:
-            sums -= (v.sum(1, keepdim=True, dtype=torch.int32) - v.size(1) * o_v) * o_p
-        if o_v:
-            sums -= p.sum(-1, keepdim=True, dtype=torch.int32) * o_v
-        torch.mul(sums, factor, out=out)
+        sums = _multiply(p, v, piece.answers, self.probabilities.offset, self.value.offset)
+        torch.mul(sums, self.probabilities.scale * self.value.scale, out=out)
 
 
 class _Work(NamedTuple):
@@ -174,12 +163,21 @@ def sums_are_exact() -> bool:
     return torch.equal(torch._int_mm(left, right).long(), left.long() @ right.long())
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """(n, l, e) and (n, e, s) int8 -> (n, l, s) int32; torch has no batched product of integers that is as fast."""
-    if not (left.numel() and right.numel()):
-        return out.zero_()
-    for x, y, answer in zip(left, right, out, strict=True):
-        torch._int_mm(x, y, out=answer)
+def _multiply(left: Tensor, right: Tensor, out: Tensor, left_offset: int, right_offset: int) -> Tensor:
+    """Products of integers that are held with offsets, (n, l, e) and (n, e, s) int8 -> (n, l, s) int32.
+
+    torch has no batched product of bytes: large ones are made one by one, and small ones in float32, which is exact.
+    """
+    shared = left.size(2)
+    if left.size(1) * right.size(2) * shared < ONE_BY_ONE and shared <= LONGEST_FLOAT_SUM:
+        out.copy_(left.float() @ right.float())
+    else:
+        for x, y, answer in zip(left, right, out, strict=True):
+            torch._int_mm(x, y, out=answer)
+    if left_offset:
+        out -= (right.sum(1, keepdim=True, dtype=torch.int32) - shared * right_offset) * left_offset
+    if right_offset:
+        out -= left.sum(2, keepdim=True, dtype=torch.int32) * right_offset
     return out
 
 

@@ -11,7 +11,6 @@ from lightning_quant.kernels.attention_door import KernelAttention, attend_on, s
 from lightning_quant.kernels.fastest import Fastest
 from lightning_quant.kernels.layer_door import KernelLayer, give_back, run_on
 from lightning_quant.kernels.registry import FALLBACK, Choice, choose
-from lightning_quant.kernels.simulated import SimulatedAttention
 from lightning_quant.kernels.spec import AnySpec, AttentionSpec
 from lightning_quant.kernels.table import KernelRow
 from lightning_quant.layers import AttentionSite, QuantAttention, QuantizedLayer
@@ -24,7 +23,8 @@ class SwappedKernels:
 
     Args:
         places: the layers and attentions, each with the spec that a kernel is asked with, by name.
-        measure: run every low-bit kernel beside the float product in its first call, and keep the faster one.
+        measure: run the low-bit kernel of every layer beside the float product in its first call, and keep the faster
+            one.
         keep: drop the float weights; then nothing comes back.
     """
 
@@ -85,8 +85,7 @@ class SwappedKernels:
         if isinstance(place, QuantAttention):
             if not chosen.low_bit:
                 return
-            kernel = chosen.of(place)
-            attend_on(place, Fastest(kernel, SimulatedAttention()) if self.measure else kernel, self.keep)
+            attend_on(place, chosen.of(place), self.keep)
         else:
             kernel = chosen.of(place, packed=self.keep)
             run_on(place, Fastest(kernel, FALLBACK.of(place)) if self.measure and kernel.low_bit else kernel, self.keep)
@@ -111,6 +110,6 @@ def attentions_of(model: nn.Module) -> dict[str, tuple[QuantAttention, Attention
 
 def _name(place: Swappable) -> str:
     if not isinstance(place, (KernelLayer, KernelAttention)):
-        return SimulatedAttention.name
+        return FALLBACK.name
     kernel = place.kernel
     return kernel.first.name if isinstance(kernel, Fastest) else kernel.name

@@ -46,9 +46,10 @@ def assert_same(attention, *args, **kwargs):
 FORMATS = ["int8_asym_tensor", "int8_sym_tensor", "uint8_asym_tensor", "int7_asym_tensor", "int4_asym_tensor"]
 
 
-@pytest.fixture(params=[2**18, 40], ids=["at once", "in pieces"], autouse=True)
-def pieces(request, monkeypatch):
-    monkeypatch.setattr(int8_attention, "PIECE", request.param)
+@pytest.fixture(params=[(2**18, 2**19), (40, 0), (2**18, 0)], ids=["as it is", "in pieces", "one by one"], autouse=True)
+def sizes(request, monkeypatch):
+    monkeypatch.setattr(int8_attention, "PIECE", request.param[0])
+    monkeypatch.setattr(int8_attention, "ONE_BY_ONE", request.param[1])
 
 
 @torch.no_grad()
