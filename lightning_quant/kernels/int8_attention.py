@@ -30,8 +30,8 @@ class Int8Attention(Kernel):
     .. math:: \sum_d q_{ld} k_{jd} = s_q s_k \Big( \sum_d \tilde q_{ld} \tilde k_{jd} - o_q \sum_d \tilde k_{jd}
               - o_k \sum_d \tilde q_{ld} + D \, o_q o_k \Big)
 
-    and so for the probabilities and the values. The map is made piece by piece. Probabilities that are no plain integers
-    of at most 8 bits meet the values in float.
+    and so for the probabilities and the values. The map is made piece by piece. Probabilities that are no plain
+    integers of at most 8 bits meet the values in float.
     """
 
     name: ClassVar[str] = "int8 attention (oneDNN)"
@@ -107,7 +107,7 @@ class Int8Attention(Kernel):
         """(n, l, S) and (n, S, Ev) int8 -> (n, l, Ev)."""
         if self.probabilities is None:
             maps = through(attention.probabilities_quantizer, maps)
-            torch.mul(maps @ v.float().sub_(self.value.offset), self.value.scale, out=out)
+            torch.matmul(maps, v.float().sub_(self.value.offset).mul_(self.value.scale), out=out)
             return
         p = self.probabilities.signed_(maps, piece.codes)
         sums = _multiply(p, v, piece.answers, self.probabilities.offset, self.value.offset)
