@@ -32,6 +32,7 @@ from lightning_quant.kernels.sparse_attention import (
     KeyMask,
     Sparsity,
     TokenLayout,
+    Workspace,
     attention_facts,
     block_sparse_attention,
     rectified_sparse_attention,
@@ -113,6 +114,7 @@ def measure(
     query, key, value = video_like(grid, heads, dim, text, device, dtype)
     blocks = Blocks(TokenLayout(grid, suffix=text), arguments.block).to(query.device)
     first = next(iter(peers))
+    workspace = Workspace()  # as RectifiedSparseAttention has one for all layers
     attended = rectified_sparse_attention(query, key, value, blocks, peers[first])
     facts = attention_facts(query, key, value, blocks, attended, KeyMask(), dim**-0.5, rows=32)
     visual, ordered = query[:, :, blocks.visual], [x[:, :, blocks.order] for x in (key, value)]
@@ -126,11 +128,17 @@ def measure(
         "dense": dense,
         "choosing": lambda: BlockLists.of(select(visual, *ordered, blocks, peers[first], dim**-0.5, KeyMask()).kept),
         "kernel": lambda: block_sparse_attention(
-            visual, *ordered, lists, blocks.size, blocked=len(blocks.visual), backend=peers[first].backend
+            visual,
+            *ordered,
+            lists,
+            blocks.size,
+            blocked=len(blocks.visual),
+            backend=peers[first].backend,
+            workspace=workspace,
         ),
     }
     for peer, sparsity in peers.items():
-        functions[peer] = partial(rectified_sparse_attention, query, key, value, blocks, sparsity)
+        functions[peer] = partial(rectified_sparse_attention, query, key, value, blocks, sparsity, workspace=workspace)
     found = timed(functions, arguments.rounds, device)
     kept, faster = float(facts.kept_share.mean()), found["dense"] / found[first]
     line = (

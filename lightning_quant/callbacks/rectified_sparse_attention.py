@@ -22,6 +22,7 @@ from lightning_quant.kernels.sparse_attention import (
     SparseSite,
     Sparsity,
     TokenLayout,
+    Workspace,
     find_layout,
     read_mask,
 )
@@ -99,7 +100,7 @@ class RectifiedSparseAttention(AttentionOverride):
         self.grid, self.prefix_tokens, self.suffix_tokens = grid, prefix_tokens, suffix_tokens
         self.warmup_steps, self.dense_layers = warmup_steps, list(dense_layers)
         self.sparsity = Sparsity(drop_rate, p_remain, tuple(rectify), backend, int8_scores)
-        self._steps = DenoisingSteps()
+        self._steps, self._workspace = DenoisingSteps(), Workspace()
         self._sites: dict[str, SparseSite] = {}
 
     def facts(self) -> dict[str, SiteFacts]:
@@ -139,7 +140,9 @@ class RectifiedSparseAttention(AttentionOverride):
                 f"warmup_steps={self.warmup_steps} needs a denoiser that is called with a timestep, and no module "
                 f"around the attention takes one; warmup_steps=0 makes every call sparse"
             )
-        self._sites = {site: SparseSite(known, self.sparsity, self._resting) for site, known in layouts.items()}
+        self._sites = {
+            site: SparseSite(known, self.sparsity, self._resting, self._workspace) for site, known in layouts.items()
+        }
         sparse = Counter(layout for site in self._sites.values() for layout in site.facts.layouts)
         dense = Counter(reason for site, reason in reasons.items() if site not in layouts)
         notes = [f"{count} sites over {layout} in blocks of {self.block}" for layout, count in sparse.items()]
@@ -155,6 +158,7 @@ class RectifiedSparseAttention(AttentionOverride):
     def give_back(self) -> None:
         """Give every module its own attention back."""
         self._steps.forget()
+        self._workspace.clear()
         super().give_back()
 
     # ---------------------------------------------------------------- private

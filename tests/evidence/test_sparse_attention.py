@@ -74,8 +74,8 @@ class Watch:
         self.errors = {}
         original = rectified_sparse_attention
 
-        def compare(query, key, value, blocks, sparsity, mask=None, scale=None):
-            attended = original(query, key, value, blocks, sparsity, mask, scale)
+        def compare(query, key, value, blocks, sparsity, mask=None, scale=None, workspace=None):
+            attended = original(query, key, value, blocks, sparsity, mask, scale, workspace)
             dense = F.scaled_dot_product_attention(query, key, value, scale=scale)
             plain = Sparsity(sparsity.drop_rate, sparsity.p_remain, ())
             with pytest.MonkeyPatch.context() as patch:

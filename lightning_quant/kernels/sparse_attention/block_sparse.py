@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from lightning_quant.kernels.sparse_attention.int8_scores import int8_blocks
 from lightning_quant.kernels.sparse_attention.lists import BlockLists
 from lightning_quant.kernels.sparse_attention.rectification import Rectification
+from lightning_quant.kernels.sparse_attention.workspace import Workspace
 
 Backend = Literal["auto", "triton", "torch", "flex"]
 
@@ -49,6 +50,7 @@ def block_sparse_attention(
     rectification: Rectification | None = None,
     int8_scores: bool = False,
     backend: Backend = "auto",
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """Softmax attention of each query block to its listed key blocks and to all keys behind the blocked ones.
 
@@ -68,6 +70,7 @@ def block_sparse_attention(
         int8_scores: whether queries and keys are rounded to 8 bits, with a scale for every block. Triton then
             multiplies integers; torch multiplies what they stand for.
         backend: ``"auto"``: Triton where it can serve, else torch. Without a gradient.
+        workspace: memory that the torch backend uses, and leaves to later calls.
 
     Returns:
         (B, Hq, L, dv).
@@ -83,7 +86,7 @@ def block_sparse_attention(
     scale = query.size(-1) ** -0.5 if scale is None else scale
     # Imported when it first serves: triton may be absent, and triton and flex_attention are slow to import.
     served = import_module(f"{__package__}.block_sparse_{backend}")
-    options = {}
+    options: dict[str, Any] = {"workspace": workspace} if backend == "torch" else {}
     if int8_scores:
         codes = int8_blocks(query, key, block, blocked, valid)
         if backend == "triton":

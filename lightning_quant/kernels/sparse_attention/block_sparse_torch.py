@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_quant.kernels.sparse_attention.curve import inverse_order
 from lightning_quant.kernels.sparse_attention.lists import BlockLists
 from lightning_quant.kernels.sparse_attention.rectification import Rectification
+from lightning_quant.kernels.sparse_attention.workspace import Workspace
 
 KEYS_PER_BATCH = 2**13
 MODE = "sdpa"
@@ -33,8 +34,10 @@ def attend(
     valid: Tensor | None,
     causal: bool,
     rectification: Rectification | None,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """See :func:`~lightning_quant.kernels.sparse_attention.block_sparse.block_sparse_attention`."""
+    workspace = workspace or Workspace()
     (batch, heads, length, dim), (key_heads, keys, value_dim) = query.shape, value.shape[1:]
     blocks, device = lists.count.size(-1), query.device
     working = torch.promote_types(query.dtype, torch.float32)  # half precision rounds but once
@@ -42,8 +45,8 @@ def attend(
     count, order = lists.count.flatten().sort(stable=True)
     if ragged := blocks * block - length:
         query = F.pad(query, (0, 0, 0, ragged))
-    rows = query.reshape(-1, block * dim).index_select(0, order).to(working).view(-1, block, dim)
-    answers = rows.new_empty(len(rows), block, value_dim)
+    rows = workspace.rows("rows", query.reshape(-1, block * dim), 0, order).to(working).view(-1, block, dim)
+    answers = workspace.empty("answers", (len(rows), block, value_dim), rows)
     sample, head, number = order // blocks // heads, order // blocks % heads, order % blocks
 
     # Keys are gathered in runs, of as many tokens as the end of no block and of no sequence cuts.
@@ -54,7 +57,8 @@ def attend(
     index = lists.index.flatten(0, 2)[order].long() * per_block
     within, everywhere = torch.arange(per_block, device=device), torch.arange(blocked // run, runs, device=device)
     most = max(KEYS_PER_BATCH, lists.index.size(-1) * block + keys - blocked)
-    room, score_room = (key.new_empty(most * n) for n in (max(dim, value_dim), block))  # the same each time
+    room = workspace.empty("gathered", (most * max(dim, value_dim),), rows)
+    score_room = workspace.empty("scores", (most * block,), rows)
 
     for start, stop, listed in _batches(count, block, keys - blocked):
         these, n = slice(start, stop), stop - start
