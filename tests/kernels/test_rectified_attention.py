@@ -251,13 +251,12 @@ def test_half_precision_is_near_float(dtype):
     assert (out.float() - exact).norm() / exact.norm() < 2e-2
 
 
-@pytest.mark.parametrize("tokens_at_once", [1, 10_000])
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2]], ids=str)
-def test_heads_may_be_served_one_after_the_other(layout, tokens_at_once, monkeypatch):
+def test_heads_may_be_served_one_after_the_other(layout, monkeypatch):
     q, k, v = qkv(layout)
     blocks = Blocks(layout, 8)
     expected = rectified_sparse_attention(q, k, v, blocks, Sparsity())
-    monkeypatch.setattr(method, "TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(method, "TOKENS_AT_ONCE", 1)
     found = rectified_sparse_attention(q, k, v, blocks, Sparsity())
     torch.testing.assert_close(found.output, expected.output)
     assert torch.equal(found.selection.kept, expected.selection.kept)

@@ -18,7 +18,7 @@ from lightning_quant.kernels.sparse_attention.rectification import Rectification
 from lightning_quant.kernels.sparse_attention.selection import choose_blocks, implicit_attention, pooling_is_worth_it
 from lightning_quant.kernels.sparse_attention.workspace import Workspace
 
-TOKENS_AT_ONCE = 2**12
+TOKENS_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def rectified_sparse_attention(
     scale = query.size(-1) ** -0.5 if scale is None else scale
     workspace = workspace or Workspace()
     group, (batch, key_heads, length, _) = query.size(1) // key.size(1), key.shape
-    # A CPU takes few heads at once: what is made of them on the way stays in its cache.
+    # A CPU takes few heads at once: what is made of them on the way is small, and near.
     at_once = key_heads if query.is_cuda else max(1, TOKENS_AT_ONCE // (batch * group * length))
     if at_once >= key_heads:
         return _attend(query, key, value, blocks, sparsity, mask, scale, workspace)
