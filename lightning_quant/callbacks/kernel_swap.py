@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_quant.checkpoint import record_of
 from lightning_quant.kernels.cpu import integer_instructions
+from lightning_quant.kernels.memory import give_freed_memory_back, keep_freed_memory
 from lightning_quant.kernels.spec import LayerSpec
 from lightning_quant.kernels.swapped import SwappedKernels, attentions_of
 from lightning_quant.kernels.table import KernelTable
@@ -109,6 +110,7 @@ class KernelSwap(Callback):
                 f"overrides=, or set strict=False"
             )
         self.table = KernelTable(swapped.swap(), integer_instructions())
+        keep_freed_memory()
         self._swapped = swapped
         if self.compile:
             self._compiled = [child for child in model.children() if any(m in layers.values() for m in child.modules())]
@@ -130,6 +132,7 @@ class KernelSwap(Callback):
         if self._swapped is not None:
             self._swapped.give_back()
             self._swapped = None
+            give_freed_memory_back()
 
 
 def _calibrated_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
