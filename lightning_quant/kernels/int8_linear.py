@@ -131,7 +131,8 @@ def codes_of(x: Tensor, quantizer: UniformQuantizer) -> Tensor:
 
 def output_dtype(x: Tensor) -> torch.dtype:
     """What a float layer would answer in."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _windows_do_not_overlap(spec: LayerSpec) -> bool:

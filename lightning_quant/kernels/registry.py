@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_quant.kernels.cuda.fp8 import Fp8Linear
+from lightning_quant.kernels.cuda.int4 import TritonInt4Weights
+from lightning_quant.kernels.cuda.int8 import TritonInt8Linear
 from lightning_quant.kernels.decoded import DecodedWeights
 from lightning_quant.kernels.int8_conv import Int8Conv
 from lightning_quant.kernels.int8_linear import Int8Linear
@@ -15,7 +18,10 @@ from lightning_quant.kernels.spec import LayerSpec
 from lightning_quant.kernels.weight_only import Int4Weights, Int8Weights
 
 # The first one that takes a layer answers for it.
-KERNELS: tuple[type[Kernel], ...] = (Int8Linear, Int8Conv, Int4Weights, Int8Weights)
+KERNELS: tuple[type[Kernel], ...] = (
+    *(Int8Linear, Int8Conv, Int4Weights, Int8Weights),  # CPU
+    *(TritonInt8Linear, TritonInt4Weights, Fp8Linear),  # CUDA
+)
 FALLBACK = DecodedWeights
 
 
@@ -32,8 +38,12 @@ class Choice:
     why_not: str | None
 
 
-def choose(spec: LayerSpec) -> Choice:
+def choose(spec: LayerSpec, backend: str = "auto") -> Choice:
     """The first kernel that takes a layer.
+
+    Args:
+        spec: what the layer is like.
+        backend: which kernels are asked; ``"auto"``: all of them.
 
     >>> import torch
     >>> from lightning_quant.quantizers import Scheme
@@ -43,7 +53,11 @@ def choose(spec: LayerSpec) -> Choice:
     >>> choose(LayerSpec("Linear", "cpu", torch.float32, (32, 64), Scheme.parse("fp8_e4m3"), None)).why_not
     'its weights are fp8_e4m3'
     """
-    refusals = {kernel: kernel.why_not(spec) for kernel in KERNELS if kernel.considers(spec)}
+    refusals = {
+        kernel: kernel.why_not(spec)
+        for kernel in KERNELS
+        if kernel.considers(spec) and backend in ("auto", *kernel.backends)
+    }
     for kernel, refusal in refusals.items():
         if refusal is None:
             return Choice(kernel, None)
