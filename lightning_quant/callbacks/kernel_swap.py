@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_quant.checkpoint import record_of
 from lightning_quant.kernels.cpu import integer_instructions
+from lightning_quant.kernels.cuda.needs import why_not_on
 from lightning_quant.kernels.fastest import Fastest
 from lightning_quant.kernels.layer_door import KernelLayer, give_back, run_on
 from lightning_quant.kernels.registry import FALLBACK, Choice, choose
@@ -17,8 +18,8 @@ from lightning_quant.kernels.spec import LayerSpec
 from lightning_quant.kernels.table import KernelRow, KernelTable
 from lightning_quant.layers import AttentionSite, QuantizedLayer
 
-Backend = Literal["auto", "torch"]
-BACKENDS = ("auto", "torch")
+Backend = Literal["auto", "torch", "triton"]
+BACKENDS = ("auto", "torch", "triton")
 
 
 class KernelSwap(Callback):
@@ -36,9 +37,10 @@ class KernelSwap(Callback):
     kernels stay and the float weights are dropped: what is saved then holds packed integers.
 
     Args:
-        backend: ``"torch"`` takes the low-bit kernel of every layer that has one; ``"auto"`` measures it in the first
-            batch against the float product, and keeps the faster one; with ``keep`` or ``compile`` it measures nothing,
-            and is the same as ``"torch"``.
+        backend: ``"torch"`` takes the low-bit kernels that torch brings along: those of CPUs, and of fp8 on GPUs;
+            ``"triton"`` takes those of GPUs: integers by Triton, fp8 by torch; ``"auto"`` takes any, measures it in the
+            first batch against the float product, and keeps the faster one; with ``keep`` or ``compile`` it measures
+            nothing.
         keep: keep the kernels and drop the float weights. There is no way back.
         compile: compile the swapped network with ``torch.compile`` while it predicts.
         strict: refuse a model in which a quantized layer has no low-bit kernel.
@@ -48,7 +50,8 @@ class KernelSwap(Callback):
 
     Raises:
         RuntimeError: if the model has no calibrated quantized layer.
-        ValueError: with ``strict``, naming the layers without a low-bit kernel.
+        ValueError: with ``strict``, naming the layers without a low-bit kernel; with ``backend="triton"``, if the model
+            is not on a GPU, or Triton is not installed.
 
     >>> from lightning_quant import PostTrainingQuantization
     >>> ptq, swap = PostTrainingQuantization(), KernelSwap()
@@ -100,8 +103,11 @@ class KernelSwap(Callback):
     def swap(self, model: nn.Module) -> KernelTable:
         """Let kernels answer for the layers of a calibrated model, and tell which; nothing changes if this fails."""
         layers = _calibrated_layers(model)
+        on = {layer.device.type for layer in layers.values()}
+        if self.backend == "triton" and (reason := why_not_on(on)):
+            raise ValueError(f'backend="triton" cannot serve: {reason}')
         waiting = {name: layer for name, layer in layers.items() if not isinstance(layer, KernelLayer)}
-        choices = {name: choose(LayerSpec.of(layer)) for name, layer in layers.items()}
+        choices = {name: choose(LayerSpec.of(layer), self.backend) for name, layer in layers.items()}
         without = {name: choice.why_not for name, choice in choices.items() if choice.why_not}
         if self.strict and without:
             named = "; ".join(f"`{name}`: {why}" for name, why in list(without.items())[:5])

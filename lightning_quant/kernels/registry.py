@@ -62,5 +62,6 @@ def choose(spec: LayerSpec, backend: str = "auto") -> Choice:
         if refusal is None:
             return Choice(kernel, None)
     why = next(reversed(refusals.values()), None)  # the last one is the most general of its kind
-    why = why or f"there is no low-bit kernel for {spec.kind} on {spec.device}"
+    those = "" if backend == "auto" else f' with backend="{backend}"'
+    why = why or f"there is no low-bit kernel for {spec.kind} on {spec.device}{those}"
     return Choice(FALLBACK, why)

@@ -14,13 +14,14 @@ from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import LayerSpec
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import FloatQuantizer, Scheme
+from lightning_quant.quantizers.own_precision import OwnPrecision
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 STEP = 16  # what sizes must be multiples of
 
 
-class Fp8Linear(Kernel):
+class Fp8Linear(OwnPrecision, Kernel):
     r"""Products of 8-bit floats, scaled once: by one number, or by one of each row and one of each output.
 
     .. math:: y_{mn} = s_m s_n \sum_k c_{mk} w_{nk} + b_n
@@ -105,7 +106,7 @@ class Fp8Linear(Kernel):
         (scale,) = cast(FloatQuantizer, layer.input_quantizer).state_for(rows)
         codes = torch.mul(rows, scale.reciprocal()).clamp_(-LARGEST, LARGEST).to(E4M3)
         if self.by_rows:
-            scale = scale.expand(len(rows), 1).contiguous()
+            scale = scale.repeat(len(rows) // scale.numel(), 1)
         fused = self.bias is not None and answer != torch.float32  # torch adds no bias to float32
         bias = cast(Tensor, self.bias).to(answer) if fused else None
         out = torch._scaled_mm(codes, self.floats.t(), scale, self.scale, bias=bias, out_dtype=answer)

@@ -17,9 +17,10 @@ from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import LayerSpec
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import UniformQuantizer
+from lightning_quant.quantizers.own_precision import OwnPrecision
 
 
-class TritonInt4Weights(Kernel):
+class TritonInt4Weights(OwnPrecision, Kernel):
     r"""Weights of up to 4 bits, two in a byte, with a scale and a zero point for each group of inputs.
 
     .. math:: y_{mn} = \sum_k x_{mk} \, s_{ng} (w_{nk} - o_{ng}) + b_n \qquad g = \lfloor k / G \rfloor

@@ -15,12 +15,13 @@ from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import LayerSpec
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import Scheme, UniformQuantizer
+from lightning_quant.quantizers.own_precision import OwnPrecision
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LONGEST = 2**31 // 2**14  # a sum of so many products of bytes may not fit 32 bits
 
 
-class TritonInt8Linear(Kernel):
+class TritonInt8Linear(OwnPrecision, Kernel):
     r"""Products of activation codes and weight codes, in one kernel with what makes the codes and what scales them.
 
     .. math:: y_{mn} = s_m s_n \Big(\sum_k c_{mk} w_{nk} - z_m \sum_k (w_{nk} - o_n) - o_n \sum_k c_{mk}\Big) + b_n

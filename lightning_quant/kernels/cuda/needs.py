@@ -28,14 +28,13 @@ def why_not_capable(spec: LayerSpec, least: Capability, what: str) -> str | None
     return f"its GPU has compute capability {found}, and {what} need {needed}"
 
 
-def why_not_on(device: str) -> str | None:
-    """Why a model on a device cannot run on the kernels for GPUs, or ``None`` if it can.
+def why_not_on(devices: set[str]) -> str | None:
+    """Why a model on these types of devices cannot run on the kernels for GPUs, or ``None`` if it can.
 
-    >>> why_not_on("cpu")
+    >>> why_not_on({"cpu"})
     'the model is on cpu, not on a CUDA device: set accelerator="gpu" of the Trainer, or backend="auto"'
     """
-    if device != "cuda":
-        return (
-            f'the model is on {device}, not on a CUDA device: set accelerator="gpu" of the Trainer, or backend="auto"'
-        )
-    return why_no_triton()
+    if devices == {"cuda"}:
+        return why_no_triton()
+    cure = 'set accelerator="gpu" of the Trainer, or backend="auto"'
+    return f"the model is on {' and '.join(sorted(devices))}, not on a CUDA device: {cure}"
