@@ -70,6 +70,7 @@ def test_quotients_are_rounded_before_the_nearest_integer_is_looked_for():
 
 
 @pytest.mark.evidence
+@pytest.mark.long
 @pytest.mark.parametrize("capability", LARGEST)
 def test_all_tiles_that_are_tried_compile_and_fit(capability):
     from lightning_quant.kernels.cuda import int4_triton, int8_triton
