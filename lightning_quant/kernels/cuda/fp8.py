@@ -11,7 +11,7 @@ from lightning_quant.kernels.cuda.int8 import FLOATS
 from lightning_quant.kernels.cuda.needs import why_not_capable
 from lightning_quant.kernels.int8_linear import MATRICES, output_dtype
 from lightning_quant.kernels.kernel import Kernel
-from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.spec import AnySpec, LayerSpec
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import FloatQuantizer, Scheme
 from lightning_quant.quantizers.own_precision import OwnPrecision
@@ -49,9 +49,14 @@ class Fp8Linear(OwnPrecision, Kernel):
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     @classmethod
-    def considers(cls, spec: LayerSpec) -> bool:
+    def considers(cls, spec: AnySpec) -> bool:
         """Is for weights that are small floats."""
-        return super().considers(spec) and spec.weights is not None and spec.weights.kind == "float"
+        return (
+            super().considers(spec)
+            and isinstance(spec, LayerSpec)
+            and spec.weights is not None
+            and spec.weights.kind == "float"
+        )
 
     @classmethod
     def why_not(cls, spec: LayerSpec) -> str | None:

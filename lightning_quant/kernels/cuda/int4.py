@@ -14,7 +14,7 @@ from lightning_quant.kernels.cuda.nibbles import RUN, from_nibbles, to_nibbles
 from lightning_quant.kernels.cuda.operands import Int4Weight
 from lightning_quant.kernels.int8_linear import MATRICES, output_dtype
 from lightning_quant.kernels.kernel import Kernel
-from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.spec import AnySpec, LayerSpec
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import UniformQuantizer
 from lightning_quant.quantizers.own_precision import OwnPrecision
@@ -61,10 +61,16 @@ class TritonInt4Weights(OwnPrecision, Kernel):
         self.register_buffer("bias", None if bias is None else bias.detach().float(), persistent=False)
 
     @classmethod
-    def considers(cls, spec: LayerSpec) -> bool:
+    def considers(cls, spec: AnySpec) -> bool:
         """Is for weights of so many bits beside inputs that are not quantized."""
-        few = spec.weights is not None and spec.weights.kind == "int" and spec.weights.bits <= 4
-        return super().considers(spec) and few and spec.inputs is None
+        return (
+            super().considers(spec)
+            and isinstance(spec, LayerSpec)
+            and spec.inputs is None
+            and spec.weights is not None
+            and spec.weights.kind == "int"
+            and spec.weights.bits <= 4
+        )
 
     @classmethod
     def why_not(cls, spec: LayerSpec) -> str | None:
