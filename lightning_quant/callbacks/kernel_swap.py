@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_quant.checkpoint import record_of
 from lightning_quant.kernels.cpu import integer_instructions
-from lightning_quant.kernels.cuda.needs import why_not_on
+from lightning_quant.kernels.cuda.needs import gpu_in_words, why_not_on
 from lightning_quant.kernels.spec import LayerSpec
 from lightning_quant.kernels.swapped import SwappedKernels, attentions_of
 from lightning_quant.kernels.table import KernelTable
@@ -114,7 +114,7 @@ class KernelSwap(Callback):
                 f"kernel: {named}. Leave them float with skip= or attention=False, choose another format with "
                 f"overrides=, or set strict=False"
             )
-        self.table = KernelTable(swapped.swap(), integer_instructions())
+        self.table = KernelTable(swapped.swap(), gpu_in_words() if on == {"cuda"} else integer_instructions())
         self._swapped = swapped
         if self.compile:
             self._compiled = [child for child in model.children() if any(m in layers.values() for m in child.modules())]

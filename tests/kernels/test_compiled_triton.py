@@ -1,5 +1,7 @@
 """The Triton kernels of products as they are compiled for GPUs, on a machine without: what runs there is not tested."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ INT4 = {
 }
 GRID = {"HALF": 128, "GRID": "asymmetric", "RECIPROCAL": True}
 FLAGS = {"SHIFTED": True, "BIASED": True, "WIDE": False, "ACTIVATION": "gelu"}
+SMALLEST = SimpleNamespace(kwargs={"ROWS": 16, "COLUMNS": 16, "DEPTH": 32}, num_warps=4, num_stages=2)
 LARGEST = {80: 166_912, 90: 232_448}  # bytes of shared memory that a block may have
 
 
@@ -70,6 +73,25 @@ def test_quotients_are_rounded_before_the_nearest_integer_is_looked_for():
 
 
 @pytest.mark.evidence
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_every_branch_compiles(dtype):
+    from lightning_quant.kernels.cuda import int4_triton, int8_triton
+
+    types = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+    for grid in ("symmetric", "unsigned", "asymmetric"):
+        for holds, activation in (("floats", "relu"), ("scaled", "silu"), ("codes", "none")):
+            constants = {**GRID, **FLAGS, "GRID": grid, "INPUTS": holds, "ACTIVATION": activation, "BIASED": False}
+            own = {**types, "x_ptr": "*i8"} if holds == "codes" else types
+            assert_fits(compiled(int8_triton._multiply, {**INT8, **own}, constants, 80, SMALLEST), 80, ".s8.s8.s32")
+    constants = {**GRID, **FLAGS, "INPUTS": "scaled", "WIDE": True}
+    for out in ("*i64", "*i32", f"*{dtype}"):
+        compiled(int8_triton._multiply, {**INT8, **types, "out_ptr": out}, constants, 80, SMALLEST)
+    for zeros in (True, False):
+        constants = {"ZEROS": zeros, "BIASED": False, "ACTIVATION": "silu"}
+        compiled(int4_triton._multiply, {**INT4, **types}, constants, 80, SMALLEST)
+
+
+@pytest.mark.evidence
 @pytest.mark.long
 @pytest.mark.parametrize("capability", LARGEST)
 def test_all_tiles_that_are_tried_compile_and_fit(capability):
@@ -85,6 +107,19 @@ def test_all_tiles_that_are_tried_compile_and_fit(capability):
     for group in (32, 64, 128):
         for tiles in (*int4_triton.configs(group, decode=True), *int4_triton.configs(group, decode=False)):
             assert_fits(compiled(int4_triton._multiply, INT4, constants, capability, tiles), capability, "bf16.bf16")
+
+
+def test_tiles_are_tuned_by_arguments_of_the_kernel_and_once():
+    from lightning_quant.kernels.cuda import int4_triton, int8_triton, tiles
+
+    for kernel, configs, keys in (
+        (int8_triton._multiply, int8_triton.DECODE, int8_triton.KEYS),
+        (int8_triton._multiply, int8_triton.PREFILL, int8_triton.KEYS),
+        (int4_triton._multiply, int4_triton.configs(96, decode=True), int4_triton.KEYS),
+    ):
+        tuner = tiles._tuned(kernel, configs, keys)
+        assert set(keys) <= set(tuner.arg_names) and tuner.configs == list(configs)
+        assert tiles._tuned(kernel, configs, keys) is tuner
 
 
 def test_a_tensor_of_the_cpu_is_refused():

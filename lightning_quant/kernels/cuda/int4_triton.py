@@ -12,13 +12,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_quant.kernels.cuda.operands import Activation, Int4Weight
-from lightning_quant.kernels.cuda.tiles import DECODE_ROWS, activated, config, launched, require_device, tile_of
+from lightning_quant.kernels.cuda.tiles import DECODE_ROWS, activated, config, launch, require_device, tile_of
 
 KEYS = ("bucket", "outputs", "inputs", "group")
 
@@ -83,14 +82,12 @@ def multiply(x: Tensor, weight: Int4Weight, activation: Activation = "none") -> 
     if not out.numel():
         return out
     zeros, zero = (weight.zero, 0) if isinstance(weight.zero, Tensor) else (None, weight.zero)
-    kernel, tiles = launched(_multiply, configs(weight.group, rows <= DECODE_ROWS), KEYS, x)
-    with torch.cuda.device_of(x):
-        # An argument that is not read still needs a pointer: another one stands in.
-        kernel[lambda meta: (triton.cdiv(rows, meta["ROWS"]) * triton.cdiv(outputs, meta["COLUMNS"]),)](
-            x, weight.packed, out, weight.scale, weight.scale if zeros is None else zeros,
-            weight.scale if weight.bias is None else weight.bias,
-            rows, outputs, inputs, triton.next_power_of_2(rows), weight.group, zero, x.stride(0), width,
-            ZEROS=zeros is not None, BIASED=weight.bias is not None, ACTIVATION=activation, **tiles,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    # An argument that is not read still needs a pointer: another one stands in.
+    launch(
+        _multiply, configs(weight.group, rows <= DECODE_ROWS), KEYS, out,
+        x, weight.packed, out, weight.scale, weight.scale if zeros is None else zeros,
+        weight.scale if weight.bias is None else weight.bias,
+        rows, outputs, inputs, triton.next_power_of_2(rows), weight.group, zero, x.stride(0), width,
+        ZEROS=zeros is not None, BIASED=weight.bias is not None, ACTIVATION=activation,
+    )  # fmt: skip
     return out

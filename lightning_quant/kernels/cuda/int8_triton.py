@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_quant.kernels.cuda.operands import Activation, Int8Inputs, Int8Weight
-from lightning_quant.kernels.cuda.tiles import DECODE_ROWS, activated, config, launched, require_device, tile_of
+from lightning_quant.kernels.cuda.tiles import DECODE_ROWS, activated, config, launch, require_device, tile_of
 
 # Added and taken away again, it leaves the nearest integer of a float32 of at most 2^22, ties to even.
 _ROUNDER = tl.constexpr(1.5 * 2**23)
@@ -186,20 +186,19 @@ def multiply(
         return out
     scale, zero, stride, holds = inputs.scale, inputs.zero, 0, "floats" if inputs.scale is None else "scaled"
     grid = {"HALF": inputs.half, "GRID": inputs.grid, "RECIPROCAL": x.is_cuda}
-    with torch.cuda.device_of(x):
-        if not (rows <= DECODE_ROWS if fused is None else fused):
-            x, scale, zero = _encoded(x, scale, zero, grid)
-            holds, stride = "codes", int(inputs.scale is None)
-        kernel, tiles = launched(_multiply, DECODE if rows <= DECODE_ROWS else PREFILL, KEYS, x)
-        # An argument that is not read still needs a pointer: another one stands in.
-        kernel[lambda meta: (triton.cdiv(rows, meta["ROWS"]) * triton.cdiv(outputs, meta["COLUMNS"]),)](
-            x, weight.codes, out, weight.scale if scale is None else scale, weight.totals if zero is None else zero,
-            weight.scale, weight.totals, weight.totals if weight.offset is None else weight.offset,
-            weight.scale if weight.bias is None else weight.bias,
-            rows, outputs, depth, triton.next_power_of_2(rows), x.stride(0), stride,
-            **grid, INPUTS=holds, SHIFTED=weight.offset is not None, BIASED=weight.bias is not None, WIDE=inputs.wide,
-            ACTIVATION=activation, **tiles, enable_fp_fusion=False,
-        )  # fmt: skip
+    if not (rows <= DECODE_ROWS if fused is None else fused):
+        x, scale, zero = _encoded(x, scale, zero, grid)
+        holds, stride = "codes", int(inputs.scale is None)
+    # An argument that is not read still needs a pointer: another one stands in.
+    launch(
+        _multiply, DECODE if rows <= DECODE_ROWS else PREFILL, KEYS, out,
+        x, weight.codes, out, weight.scale if scale is None else scale, weight.totals if zero is None else zero,
+        weight.scale, weight.totals, weight.totals if weight.offset is None else weight.offset,
+        weight.scale if weight.bias is None else weight.bias,
+        rows, outputs, depth, triton.next_power_of_2(rows), x.stride(0), stride,
+        **grid, INPUTS=holds, SHIFTED=weight.offset is not None, BIASED=weight.bias is not None, WIDE=inputs.wide,
+        ACTIVATION=activation,
+    )  # fmt: skip
     return out
 
 
@@ -212,9 +211,9 @@ def _encoded(
     found = scale is None
     if scale is None or zero is None:
         scale, zero = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.int32)
-    # Without fused multiply-adds: the quantizer rounds the quotient before it looks for the nearest integer.
-    _encode[(rows,)](
-        x, codes, scale, zero, depth, x.stride(0), scale, zero,
-        **grid, FOUND=found, DEPTH=min(4096, max(32, triton.next_power_of_2(depth))), enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _encode[(rows,)](
+            x, codes, scale, zero, depth, x.stride(0), scale, zero,
+            **grid, FOUND=found, DEPTH=min(4096, max(32, triton.next_power_of_2(depth))), enable_fp_fusion=False,
+        )  # fmt: skip
     return codes, scale, zero

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import torch
+
 from lightning_quant.kernels.spec import LayerSpec
 
 Capability = tuple[int, int]
@@ -38,3 +40,9 @@ def why_not_on(devices: set[str]) -> str | None:
         return why_no_triton()
     cure = 'set accelerator="gpu" of the Trainer, or backend="auto"'
     return f"the model is on {' and '.join(sorted(devices))}, not on a CUDA device: {cure}"
+
+
+def gpu_in_words() -> str:
+    """The GPU's name and compute capability, in one line."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}: compute capability {major}.{minor}"

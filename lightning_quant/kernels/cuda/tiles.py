@@ -10,8 +10,10 @@ on the CPU.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +22,8 @@ from torch import Tensor
 DECODE_ROWS = 16
 # For the interpreter, which has one program run after the other.
 SMALL = {"ROWS": 16, "COLUMNS": 16, "DEPTH": 32}
+# An autotuner remembers the arguments of the call that it is in; threads may share a model.
+_ONE_BY_ONE = threading.Lock()
 
 
 @triton.jit
@@ -63,16 +67,30 @@ def require_device(x: Tensor) -> None:
         )
 
 
-def launched(kernel: Any, configs: tuple[Any, ...], keys: tuple[str, ...], x: Tensor) -> tuple[Any, dict[str, int]]:
-    """The kernel to launch, and the tiles to name; none where they are tuned.
+def launch(
+    kernel: Any, configs: tuple[Any, ...], keys: tuple[str, ...], out: Tensor, *arguments: Any, **constants: Any
+) -> None:
+    """Have programs compute all tiles of a product.
 
     Args:
         kernel: a function of Triton.
         configs: tiles to try on a GPU.
         keys: arguments of the kernel; where they have other values, it is tuned anew.
-        x: a tensor on the device.
+        out: where the answer goes, (rows, outputs).
+        *arguments: of the kernel.
+        **constants: of the compiler.
     """
-    return (_tuned(kernel, configs, keys), {}) if x.is_cuda else (kernel, SMALL)
+    rows, outputs = out.shape
+
+    def programs(meta: dict[str, int]) -> tuple[int]:
+        return (triton.cdiv(rows, meta["ROWS"]) * triton.cdiv(outputs, meta["COLUMNS"]),)
+
+    if not out.is_cuda:
+        kernel[programs](*arguments, **constants, **SMALL)
+        return
+    with torch.cuda.device_of(out), _ONE_BY_ONE:
+        # Without fused multiply-adds: the quantizer rounds a quotient before it looks for the nearest integer.
+        _tuned(kernel, configs, keys)[programs](*arguments, **constants, enable_fp_fusion=False)
 
 
 @functools.cache
