@@ -243,6 +243,25 @@ def test_a_kept_kernel_is_small_and_keeps_its_scales(kernel, weights, inputs, sm
     assert want.shape == (2, 32)
 
 
+@pytest.mark.usefixtures("in_the_interpreter")
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kernel", "weights", "inputs"),
+    [
+        (TritonInt8Linear, "int8_asym_channel", "int8_asym_token"),
+        (TritonInt8Linear, "int8_sym_channel", "int8_asym_tensor"),
+        (TritonInt4Weights, "int4_asym_g32", None),
+        (Fp8Linear, "fp8_e4m3_tensor", "fp8_e4m3_tensor"),
+    ],
+)
+def test_a_compiled_network_calls_them_without_a_break(kernel, weights, inputs):
+    x = skewed(3, 64)
+    layer = calibrated(nn.Linear(64, 32), weights, inputs, x)
+    run_on(layer, kernel.of(layer))
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
 def test_a_layer_of_the_cpu_has_no_capability():
     layer = quantize_layer(nn.Linear(4, 4), Scheme.parse("int8_sym_channel"), Scheme.parse("int8_asym_tensor"))
     assert LayerSpec.of(layer).capability == (0, 0)

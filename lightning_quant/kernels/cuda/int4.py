@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,6 +11,7 @@ from lightning_quant.kernels.cuda.int8 import FLOATS
 from lightning_quant.kernels.cuda.needs import why_no_triton, why_not_capable
 from lightning_quant.kernels.cuda.nibbles import RUN, from_nibbles, to_nibbles
 from lightning_quant.kernels.cuda.operands import Int4Weight
+from lightning_quant.kernels.cuda.ops import multiply_int4
 from lightning_quant.kernels.int8_linear import MATRICES, output_dtype
 from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import AnySpec, LayerSpec
@@ -96,9 +96,7 @@ class TritonInt4Weights(OwnPrecision, Kernel):
         zero = self.same_zero if self.zero is None else self.zero
         assert zero is not None
         weight = Int4Weight(self.packed, self.scale, zero, self.inputs, self.group, self.bias)
-        # Imported when it first serves: triton may be absent, and is slow to import.
-        served = import_module(f"{__package__}.int4_triton")
-        out: Tensor = served.multiply(x.reshape(-1, self.inputs).to(output_dtype(x)), weight)
+        out = multiply_int4(x.reshape(-1, self.inputs).to(output_dtype(x)), weight)
         return out.view(*x.shape[:-1], len(self.packed))
 
     def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:

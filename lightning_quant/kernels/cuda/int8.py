@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, ClassVar, cast
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from lightning_quant.kernels.cuda.needs import why_no_triton, why_not_capable
 from lightning_quant.kernels.cuda.operands import Grid, Int8Inputs, Int8Weight
+from lightning_quant.kernels.cuda.ops import multiply_int8
 from lightning_quant.kernels.int8_linear import MATRICES, output_dtype, signed_codes
 from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import LayerSpec
@@ -94,9 +94,7 @@ class TritonInt8Linear(OwnPrecision, Kernel):
         rows = x.reshape(-1, self.integers.shape[1])
         weight = Int8Weight(self.integers, self.scale, self.totals, self.offset, self.bias)
         inputs = self._inputs(rows, cast(UniformQuantizer, layer.input_quantizer))
-        # Imported when it first serves: triton may be absent, and is slow to import.
-        served = import_module(f"{__package__}.int8_triton")
-        out: Tensor = served.multiply(rows, weight, inputs, output_dtype(x))
+        out = multiply_int8(rows, weight, inputs, output_dtype(x))
         return out.view(*x.shape[:-1], len(self.integers))
 
     def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
