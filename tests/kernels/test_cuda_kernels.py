@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_quant import KernelSwap
+from lightning_quant import KernelSwap, PostTrainingQuantization
 from lightning_quant.kernels.cuda import needs
 from lightning_quant.kernels.cuda.fp8 import Fp8Linear
 from lightning_quant.kernels.cuda.int4 import TritonInt4Weights
@@ -20,9 +20,10 @@ from lightning_quant.kernels.decoded import DecodedWeights
 from lightning_quant.kernels.layer_door import KernelLayer, run_on
 from lightning_quant.kernels.registry import choose
 from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.swapped import SwappedKernels
 from lightning_quant.layers import quantize_layer
 from lightning_quant.quantizers import Scheme
-from tests.cases import ptq
+from tests.cases import Case, ptq, quantized
 from tests.kernels.interpreter import interpreted
 from tests.kernels.layers import assert_same, calibrated, skewed
 from tests.models import Sequences, trainer
@@ -217,6 +218,26 @@ def test_torch_takes_the_operands_on_a_gpu(weights, inputs):
                 setattr(module, name, empty.to(buffer.dtype))
         out = kernel.run(layer, torch.empty(2, 3, 64, dtype=torch.bfloat16, device="cuda"))
     assert out.shape == (2, 3, 32) and out.dtype == torch.bfloat16 and out.is_cuda
+
+
+@pytest.mark.usefixtures("in_the_interpreter", "with_triton")
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", [{}, {"weights": "int4_g32", "activations": None}], ids=["W8A8", "W4A16"])
+def test_a_whole_model_answers_alike(arguments):
+    """Its layers are swapped as on a GPU; that they are on one is only said."""
+    case = Case(PostTrainingQuantization, {"attention": False, **arguments})
+    model = case.quantized().eval()
+    x = torch.randn(2, 5, 16)
+    simulated = model(x)
+    found = {name: model.get_submodule(name) for name in quantized(model)}
+    said = {name: replace(LayerSpec.of(layer), device="cuda", capability=(9, 0)) for name, layer in found.items()}
+    swapped = SwappedKernels({name: (found[name], said[name]) for name in found}, False, False, "triton")
+    assert not swapped.without
+    assert all("Triton" in row.kernel for row in swapped.swap())
+    out = model(x)
+    assert (out - simulated).norm() < 0.02 * simulated.norm()
+    swapped.give_back()
+    assert torch.equal(model(x), simulated)
 
 
 @pytest.mark.usefixtures("in_the_interpreter")
