@@ -258,7 +258,7 @@ def timed(run: Run, device: str) -> float:
         run()
         return time.perf_counter() - began
     # Larger than any cache; and while it is written, the launches behind it queue up.
-    torch.empty(2**28, dtype=torch.int8, device=device).zero_()
+    torch.empty(2**30, dtype=torch.int8, device=device).zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()

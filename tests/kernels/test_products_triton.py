@@ -127,6 +127,20 @@ def test_rows_may_lie_apart_and_there_may_be_none(kernels):
     assert kernels[0].multiply(x[:0], weight, inputs, torch.bfloat16).shape == (0, case.outputs)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_tiles_as_large_as_on_a_gpu(fused, kernels, monkeypatch):
+    for decode in (True, False):
+        chosen = (kernels[0].DECODE if decode else kernels[0].PREFILL)[0].kwargs
+        for name, size in chosen.items():
+            monkeypatch.setitem(kernels[2].SMALL, name, size)
+        x, weight, inputs = Int8Case(
+            "large", rows=70, inputs=300, outputs=40, grid="asymmetric", shifted=True
+        ).operands()
+        x = x[:5] if decode else x
+        want = naive_integers(steps_of(x, inputs)[0], weight)
+        assert torch.equal(kernels[0].multiply(x, weight, inputs, torch.int32, fused=fused).long(), want)
+
+
 # ---------------------------------------------------------------- W4A16
 
 
@@ -138,12 +152,14 @@ def test_rows_may_lie_apart_and_there_may_be_none(kernels):
         (17, 96, 18, 64, False, True, "gelu", torch.float32),  # many rows; the last group is shorter
         (2, 100, 7, 256, True, True, "relu", torch.float32),  # one group, which is not full
         (5, 130, 35, 128, True, True, "none", torch.float16),
+        (2, 300, 17, 128, True, True, "none", torch.float32),
         (1, 1, 1, 96, False, False, "none", torch.float32),
         (0, 32, 4, 32, False, True, "none", torch.float32),
     ],
 )
-def test_int4_equals_the_definition(rows, inputs, outputs, group, zeros, bias, activation, dtype, kernels):
+def test_int4_equals_the_definition(rows, inputs, outputs, group, zeros, bias, activation, dtype, kernels, monkeypatch):
     """The interpreter does not multiply bfloat16."""
+    monkeypatch.setitem(kernels[2].SMALL, "DEPTH", kernels[1].configs(group, decode=True)[0].kwargs["DEPTH"])
     groups = -(-inputs // group)
     weight = Int4Weight(
         to_nibbles(torch.randint(0, 16, (outputs, inputs))),

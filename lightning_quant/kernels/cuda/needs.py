@@ -24,6 +24,8 @@ def why_not_capable(spec: LayerSpec, least: Capability, what: str) -> str | None
     >>> why_not_capable(spec, (8, 0), "products of int8 in Triton")
     'its GPU has compute capability 7.5, and products of int8 in Triton need 8.0'
     """
+    if torch.version.hip:
+        return "its GPU is not one of NVIDIA"
     if spec.capability >= least:
         return None
     found, needed = (".".join(map(str, capability)) for capability in (spec.capability, least))
