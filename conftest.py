@@ -19,7 +19,13 @@ import torch
 import torch.distributed
 
 # Docstring examples are looked for in every file, and these cannot be imported without their library.
-_WITH_TRITON = ("sparse_attention/block_sparse_triton.py", "sparse_attention/pooling_triton.py")
+_WITH_TRITON = (
+    "cuda/int4_triton.py",
+    "cuda/int8_triton.py",
+    "cuda/tiles.py",
+    "sparse_attention/block_sparse_triton.py",
+    "sparse_attention/pooling_triton.py",
+)
 collect_ignore = [] if find_spec("triton") else [f"lightning_quant/kernels/{name}" for name in _WITH_TRITON]
 
 # No deadline: a shared machine is slow now and then. In CI the same examples every time, elsewhere new ones.

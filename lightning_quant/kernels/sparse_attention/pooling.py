@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_quant.kernels.cuda.needs import why_no_triton
 
 
 class Pooled(NamedTuple):
@@ -37,7 +38,7 @@ def pool_blocks(x: Tensor, block: int, valid: Tensor | None = None) -> Pooled:
     ([1.0, 5.0], [1.0, 0.0], [[2, 1]])
     """
     length, ragged = x.size(2), -x.size(2) % block
-    if x.is_cuda and find_spec("triton"):
+    if x.is_cuda and why_no_triton() is None:
         from lightning_quant.kernels.sparse_attention.pooling_triton import pool  # slow to import, or not there
 
         inside = torch.ones(1, length, device=x.device) if valid is None else valid.expand(len(x), -1)
