@@ -7,6 +7,7 @@ from lightning_quant.calibration.batches import CalibrationBatches, draw_trainin
 from lightning_quant.calibration.cache import SampleCache
 from lightning_quant.calibration.extremes import channel_extremes
 from lightning_quant.calibration.feed import check_feedable, feed, feeder_name
+from lightning_quant.calibration.fluctuation import fluctuations, sampled_inputs
 from lightning_quant.calibration.hessians import Hessian, input_rows
 from lightning_quant.calibration.moments import Moments
 from lightning_quant.calibration.observing import fitted_in_stream, observed, reached
@@ -46,6 +47,7 @@ __all__ = [
     "feeder_name",
     "first_samples",
     "fitted_in_stream",
+    "fluctuations",
     "from_other_ranks",
     "hooked_outputs",
     "input_rows",
@@ -59,6 +61,7 @@ __all__ = [
     "same_constants",
     "sample_count",
     "sample_output",
+    "sampled_inputs",
     "seen_maps",
     "signature",
     "sum_across_ranks",

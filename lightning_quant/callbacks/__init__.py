@@ -15,6 +15,7 @@ from lightning_quant.callbacks.kernel_swap import KernelSwap
 from lightning_quant.callbacks.llm_fp4 import LLMFP4
 from lightning_quant.callbacks.lorc import LoRC
 from lightning_quant.callbacks.lrp_qvit import LRPQViT
+from lightning_quant.callbacks.lrq_dit import LRQDiT
 from lightning_quant.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_quant.callbacks.mgrq import MGRQ
 from lightning_quant.callbacks.mixed_precision import MixedPrecision
@@ -55,6 +56,7 @@ __all__ = [
     "Fidelity",
     "KernelSwap",
     "LRPQViT",
+    "LRQDiT",
     "LoRC",
     "MPTQViT",
     "MagnitudePruning",

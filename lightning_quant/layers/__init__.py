@@ -3,6 +3,7 @@
 from lightning_quant.layers.as_it_was import WeightsAsTheyWere
 from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer
+from lightning_quant.layers.block_rotation import BlockRotation, multiply_blocks
 from lightning_quant.layers.cached import (
     CachedModule,
     KeptFeatures,
@@ -30,7 +31,7 @@ from lightning_quant.layers.low_rank import LowRank
 from lightning_quant.layers.multihead import QuantMultiheadAttention
 from lightning_quant.layers.patch_bits import PatchBits
 from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
-from lightning_quant.layers.rotation import Rotation, RotationPlan, any_kind, rotates
+from lightning_quant.layers.rotation import Rotation, RotationPlan, SmoothedRotation, any_kind, online_rotation, rotates
 from lightning_quant.layers.routing import MATMULS, SOFTMAXES, AttentionSite, softmax_is_last
 from lightning_quant.layers.step_correction import StepCorrection, corrected_part
 from lightning_quant.layers.steps import StepPlan, require_schedule
@@ -54,6 +55,7 @@ __all__ = [
     "AttentionPlan",
     "AttentionSchemes",
     "AttentionSite",
+    "BlockRotation",
     "CachedModule",
     "KeptFeatures",
     "LayerPlan",
@@ -69,6 +71,7 @@ __all__ = [
     "QuantizedLayer",
     "Rotation",
     "RotationPlan",
+    "SmoothedRotation",
     "StepCorrection",
     "StepPlan",
     "WeightsAsTheyWere",
@@ -91,7 +94,9 @@ __all__ = [
     "learn_scales",
     "learned_parameters",
     "learned_quantizers",
+    "multiply_blocks",
     "on_trajectory",
+    "online_rotation",
     "quantize_attention",
     "quantize_layer",
     "release",

@@ -27,6 +27,7 @@ from lightning_quant.quantizers.sparse import Mask, Pattern
 from lightning_quant.quantizers.steps import StepObserver, StepQuantizer, Steps
 from lightning_quant.quantizers.tangent import ArctangentQuantizer, TangentQuantizer, bend, unbend
 from lightning_quant.quantizers.twin import TwinQuantizer, UnsignedTwinQuantizer
+from lightning_quant.quantizers.twin_log import TwinLogQuantizer, one_sided_steps
 from lightning_quant.quantizers.uniform import UniformQuantizer, dequantize, fake_quantize, quantize, uniform_state
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "StepQuantizer",
     "Steps",
     "TangentQuantizer",
+    "TwinLogQuantizer",
     "TwinQuantizer",
     "UniformQuantizer",
     "UnsignedTwinQuantizer",
@@ -67,6 +69,7 @@ __all__ = [
     "log_dequantize_by_parity",
     "log_fake_quantize",
     "log_quantize",
+    "one_sided_steps",
     "out_of_groups",
     "quantile",
     "quantize",

@@ -1,5 +1,6 @@
 """Function-preserving edits of float weights."""
 
+from lightning_quant.transforms.greedy_rotation import fit_block_rotation, greedy_blocks, spreading, zigzag
 from lightning_quant.transforms.norm_fold import (
     fold_linear,
     fold_modulation,
@@ -12,6 +13,7 @@ from lightning_quant.transforms.preserved import require_same
 from lightning_quant.transforms.reparameterization import Reparameterization, per_tensor
 from lightning_quant.transforms.rotation import (
     fold_affine,
+    fold_smoothed,
     head_rotations,
     input_rotation,
     residual_rotation,
@@ -23,12 +25,15 @@ from lightning_quant.transforms.smoothing import Smoothing, smoothing
 __all__ = [
     "Reparameterization",
     "Smoothing",
+    "fit_block_rotation",
     "fold_affine",
     "fold_linear",
     "fold_modulation",
     "fold_norm",
     "fold_pair",
     "fold_scale",
+    "fold_smoothed",
+    "greedy_blocks",
     "head_rotations",
     "input_rotation",
     "per_tensor",
@@ -37,5 +42,7 @@ __all__ = [
     "rotate",
     "rotate_back",
     "smoothing",
+    "spreading",
     "unfolded_on_failure",
+    "zigzag",
 ]
