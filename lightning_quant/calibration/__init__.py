@@ -8,6 +8,7 @@ from lightning_quant.calibration.cache import SampleCache
 from lightning_quant.calibration.extremes import channel_extremes
 from lightning_quant.calibration.feed import check_feedable, feed, feeder_name
 from lightning_quant.calibration.fluctuation import fluctuations, sampled_inputs
+from lightning_quant.calibration.guided_mix import conditional_share, mahalanobis, most_informative
 from lightning_quant.calibration.hessians import Hessian, input_rows
 from lightning_quant.calibration.moments import Moments
 from lightning_quant.calibration.observing import fitted_in_stream, observed, reached
@@ -20,7 +21,7 @@ from lightning_quant.calibration.ranks import (
     sum_across_ranks,
 )
 from lightning_quant.calibration.recording import Call, Signature, hooked_outputs, record, same_constants, signature
-from lightning_quant.calibration.samples import first_samples, reordered, sample_count
+from lightning_quant.calibration.samples import first_samples, merge_batches, reordered, sample_count
 from lightning_quant.calibration.token_weights import attention_received, column_sums, token_weights
 from lightning_quant.calibration.tokens import TokenWindows
 from lightning_quant.calibration.trajectory import Moment, Trajectory, WholeTrajectories, evenly, trajectory_seeds
@@ -41,6 +42,7 @@ __all__ = [
     "channel_extremes",
     "check_feedable",
     "column_sums",
+    "conditional_share",
     "draw_training_batches_from",
     "evenly",
     "feed",
@@ -51,8 +53,11 @@ __all__ = [
     "from_other_ranks",
     "hooked_outputs",
     "input_rows",
+    "mahalanobis",
     "mean_across_ranks",
     "merge_across_ranks",
+    "merge_batches",
+    "most_informative",
     "observed",
     "progress_bar",
     "reached",

@@ -54,8 +54,16 @@ def fluctuations(
     return {name: sum(values) / len(values) for name, values in of_all.items()}
 
 
-def sampled_inputs(layers: Mapping[str, nn.Module], run: Callable[[], Any], rows: int = 2048) -> dict[str, Tensor]:
+def sampled_inputs(
+    layers: Mapping[str, nn.Module], run: Callable[[], Any], rows: int = 2048, skip_first: int = 0
+) -> dict[str, Tensor]:
     """What layers read in one forward (n, C), evenly thinned out to so many rows; that of the first rank on all ranks.
+
+    Args:
+        layers: the layers, by name.
+        run: feeds one forward.
+        rows: how many are kept of each at most.
+        skip_first: how many of the first tokens of each sequence (B, T, C) are left out.
 
     >>> layer = nn.Linear(3, 1)
     >>> sampled_inputs({"layer": layer}, lambda: layer(torch.zeros(5, 4, 3)), rows=10)["layer"].shape
@@ -64,6 +72,7 @@ def sampled_inputs(layers: Mapping[str, nn.Module], run: Callable[[], Any], rows
     found: dict[str, Tensor] = {}
 
     def look(name: str, x: Tensor) -> None:
+        x = x[:, skip_first:] if x.dim() == 3 else x
         flat = x.detach().flatten(0, -2).float()
         if name not in found:
             found[name] = flat[torch.linspace(0, len(flat) - 1, min(rows, len(flat))).round().long()]

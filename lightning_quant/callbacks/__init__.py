@@ -24,6 +24,7 @@ from lightning_quant.callbacks.noisyquant import NoisyQuant
 from lightning_quant.callbacks.osaq import OSAQ
 from lightning_quant.callbacks.pmq import PMQ
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
+from lightning_quant.callbacks.ptq4arvg import PTQ4ARVG
 from lightning_quant.callbacks.quant_report import QuantReport
 from lightning_quant.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_quant.callbacks.rectified_sparse_attention import RectifiedSparseAttention
@@ -45,6 +46,7 @@ __all__ = [
     "MGRQ",
     "OSAQ",
     "PMQ",
+    "PTQ4ARVG",
     "RSQ",
     "AdaQuant",
     "CacheQuant",

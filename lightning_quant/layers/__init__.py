@@ -31,6 +31,7 @@ from lightning_quant.layers.low_rank import LowRank
 from lightning_quant.layers.multihead import QuantMultiheadAttention
 from lightning_quant.layers.patch_bits import PatchBits
 from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
+from lightning_quant.layers.positions import PositionPlan, decoder_of, takes_positions
 from lightning_quant.layers.rotation import Rotation, RotationPlan, SmoothedRotation, any_kind, online_rotation, rotates
 from lightning_quant.layers.routing import MATMULS, SOFTMAXES, AttentionSite, softmax_is_last
 from lightning_quant.layers.step_correction import StepCorrection, corrected_part
@@ -62,6 +63,7 @@ __all__ = [
     "LowRank",
     "PatchBits",
     "Plan",
+    "PositionPlan",
     "QuantAttention",
     "QuantConv1d",
     "QuantConv2d",
@@ -83,6 +85,7 @@ __all__ = [
     "corrected_part",
     "create_bias",
     "created_biases",
+    "decoder_of",
     "deep_feature",
     "drop_bias",
     "given_timesteps",
@@ -108,6 +111,7 @@ __all__ = [
     "softmax_is_last",
     "stop_caching",
     "structure_kept",
+    "takes_positions",
     "timestep_argument",
     "twin_of",
     "weight_rows",

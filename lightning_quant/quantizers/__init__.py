@@ -20,6 +20,7 @@ from lightning_quant.quantizers.logarithmic import (
 from lightning_quant.quantizers.noisy import NoisyQuantizer
 from lightning_quant.quantizers.observers import Observer, refuse_nonfinite
 from lightning_quant.quantizers.own_precision import OwnPrecision
+from lightning_quant.quantizers.positions import PositionObserver, PositionQuantizer, Positions
 from lightning_quant.quantizers.quantiles import quantile
 from lightning_quant.quantizers.ranges import Distribution, RangeRule, search
 from lightning_quant.quantizers.scheme import Scheme
@@ -43,6 +44,9 @@ __all__ = [
     "Observer",
     "OwnPrecision",
     "Pattern",
+    "PositionObserver",
+    "PositionQuantizer",
+    "Positions",
     "Quantizer",
     "RangeRule",
     "Scheme",

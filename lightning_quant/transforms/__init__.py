@@ -1,5 +1,6 @@
 """Function-preserving edits of float weights."""
 
+from lightning_quant.transforms.gain import Gain, gain_factors, gain_projection, symmetric_shift
 from lightning_quant.transforms.greedy_rotation import fit_block_rotation, greedy_blocks, spreading, zigzag
 from lightning_quant.transforms.norm_fold import (
     fold_linear,
@@ -23,6 +24,7 @@ from lightning_quant.transforms.rotation import (
 from lightning_quant.transforms.smoothing import Smoothing, smoothing
 
 __all__ = [
+    "Gain",
     "Reparameterization",
     "Smoothing",
     "fit_block_rotation",
@@ -33,6 +35,8 @@ __all__ = [
     "fold_pair",
     "fold_scale",
     "fold_smoothed",
+    "gain_factors",
+    "gain_projection",
     "greedy_blocks",
     "head_rotations",
     "input_rotation",
@@ -43,6 +47,7 @@ __all__ = [
     "rotate_back",
     "smoothing",
     "spreading",
+    "symmetric_shift",
     "unfolded_on_failure",
     "zigzag",
 ]
