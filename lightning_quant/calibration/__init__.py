@@ -8,7 +8,7 @@ from lightning_quant.calibration.cache import SampleCache
 from lightning_quant.calibration.extremes import channel_extremes
 from lightning_quant.calibration.feed import check_feedable, feed, feeder_name
 from lightning_quant.calibration.fluctuation import fluctuations, sampled_inputs
-from lightning_quant.calibration.guided_mix import conditional_share, mahalanobis, most_informative
+from lightning_quant.calibration.guided_mix import chosen_samples, conditional_share, mahalanobis
 from lightning_quant.calibration.hessians import Hessian, input_rows
 from lightning_quant.calibration.moments import Moments
 from lightning_quant.calibration.observing import fitted_in_stream, observed, reached
@@ -41,6 +41,7 @@ __all__ = [
     "attention_received",
     "channel_extremes",
     "check_feedable",
+    "chosen_samples",
     "column_sums",
     "conditional_share",
     "draw_training_batches_from",
@@ -57,7 +58,6 @@ __all__ = [
     "mean_across_ranks",
     "merge_across_ranks",
     "merge_batches",
-    "most_informative",
     "observed",
     "progress_bar",
     "reached",

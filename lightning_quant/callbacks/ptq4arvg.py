@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from lightning_quant.calibration import (
     CalibrationBatches,
-    conditional_share,
+    chosen_samples,
     hooked_outputs,
-    mahalanobis,
     merge_batches,
-    most_informative,
     reordered,
     sample_count,
     sampled_inputs,
@@ -62,7 +60,8 @@ class PTQ4ARVG(PostTrainingQuantization):
 
     *DGC*: of ``calibration_samples`` samples, :math:`\text{round}(r n)` have their condition and the others not, where
     r is the share of conditional ones among the n of all 2n that are farthest, by Mahalanobis, from the mean of their
-    group, in the output of the last block for the first token. ``"topk"`` calibrates on those n themselves.
+    group, in the output of the last block for the first token. ``"topk"`` calibrates on those n themselves. Where a
+    group does not vary there, as behind a causal mask without a class, both have a half.
 
     Everything is asymmetric, weights per output channel, with the quantiles of least squared error as ranges.
 
@@ -177,12 +176,8 @@ class PTQ4ARVG(PostTrainingQuantization):
         without = model.unconditional_batch(batch)  # type: ignore[operator]
         count = sample_count(batch)
         with as_float(model):
-            groups = [_first_tokens(model, graph.blocks, count, partial(run, one)) for one in (batch, without)]
-        if self.mix == "topk":
-            chosen = most_informative(*(mahalanobis(group) for group in groups)).tolist()
-        else:
-            conditional = round(conditional_share(*groups) * count)
-            chosen = [*range(conditional), *range(count, 2 * count - conditional)]
+            ours, others = (_first_tokens(model, graph.blocks, count, partial(run, one)) for one in (batch, without))
+        chosen = chosen_samples(ours, others, pick=self.mix == "topk")
         share = sum(place < count for place in chosen) / count
         rank_zero_info(
             f"{type(self).__name__} calibrates on {count} samples, {share:.0%} of them with their condition."

@@ -1,8 +1,9 @@
 """DGC: distances against the formula, and a share that follows what groups tell."""
 
+import pytest
 import torch
 
-from lightning_quant.calibration import conditional_share, mahalanobis, most_informative
+from lightning_quant.calibration import chosen_samples, conditional_share, mahalanobis
 
 
 def group(spread, rows=128, loud=0.0, seed=0):
@@ -33,6 +34,19 @@ def test_groups_alike_share_equally_and_the_one_that_tells_more_has_more():
     assert shares[0] != shares[1]
 
 
-def test_as_many_are_chosen_as_a_group_has():
-    chosen = most_informative(torch.tensor([1.0, 5.0, 2.0]), torch.tensor([4.0, 0.0, 3.0]))
-    assert chosen.tolist() == [1, 3, 5]
+@pytest.mark.parametrize("pick", [False, True])
+def test_as_many_are_chosen_as_a_group_has(pick):
+    loud, quiet = group(1.0, loud=0.1, seed=3), group(1.0, seed=4)
+    chosen = chosen_samples(loud, quiet, pick)
+    assert len(chosen) == len({*chosen}) == 128
+    assert sum(place < 128 for place in chosen) == round(128 * conditional_share(loud, quiet))
+    if pick:
+        both = torch.cat([mahalanobis(loud), mahalanobis(quiet)])
+        assert both[chosen].min() >= both.sort(descending=True).values[127]
+
+
+@pytest.mark.parametrize("pick", [False, True])
+def test_of_a_group_that_does_not_vary_half_are_taken(pick):
+    constant = group(1.0)[:1].expand(128, -1) + 1e-9 * group(1.0)
+    assert mahalanobis(constant) is None
+    assert chosen_samples(group(1.0), constant, pick) == [*range(64), *range(128, 192)]
