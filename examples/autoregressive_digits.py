@@ -137,7 +137,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(pixels[:1500], labels[:1500]), TensorDataset(pixels[1500:], labels[1500:])
 
 
-def main(epochs: int = 20, width: int = 64, picture: str = "autoregressive_digits.png") -> dict[str, float]:
+def main(epochs: int = 12, width: int = 64, picture: str = "autoregressive_digits.png") -> dict[str, float]:
     """Train, quantize in two ways, paint; the nats of a pixel, and how near the logits are to the float ones in dB."""
     L.seed_everything(0, verbose=False)
     train, val = digits()
