@@ -82,7 +82,7 @@ def test_autoregressive_digits(tmp_path, capsys):
     """After one epoch of a narrow one; the whole takes minutes."""
     found = load("autoregressive_digits").main(epochs=1, width=16, picture=str(tmp_path / "painted.png"))
     assert (tmp_path / "painted.png").stat().st_size > 1000
-    assert found["PTQ4ARVG dB"] > found["plain dB"] > 5
+    assert min(found["PTQ4ARVG dB"], found["plain dB"]) > 10
     assert found["PTQ4ARVG nats"] == pytest.approx(found["float nats"], rel=0.05)
     assert "PTQ4ARVG nats" in capsys.readouterr().out
 
