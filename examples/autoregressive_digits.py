@@ -151,7 +151,7 @@ def main(epochs: int = 12, width: int = 64, picture: str = "autoregressive_digit
     some = DataLoader(train, batch_size=128)
     for name, callback in {
         "plain": PostTrainingQuantization("int6", "int6", calibration_samples=128, calibration_loader=some),
-        "PTQ4ARVG": PTQ4ARVG("int6", "int6", calibration_loader=some),
+        "PTQ4ARVG": PTQ4ARVG("int6", "int6", ranges="mse", calibration_loader=some),
     }.items():
         trainer = L.Trainer(callbacks=[callback], **calm)
         found[f"{name} nats"] = trainer.validate(model, held_out, verbose=False)[0]["nats"]

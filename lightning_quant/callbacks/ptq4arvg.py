@@ -63,7 +63,7 @@ class PTQ4ARVG(PostTrainingQuantization):
     group, in the output of the last block for the first token. ``"topk"`` calibrates on those n themselves. Where a
     group does not vary there, as behind a causal mask without a class, both have a half.
 
-    Everything is asymmetric, weights per output channel, with the quantiles of least squared error as ranges.
+    Everything is asymmetric, weights per output channel; ranges are the quantiles of least squared error by default.
 
     Reference: *PTQ4ARVG: Post-Training Quantization for AutoRegressive Visual Generation Models*, 2026. Its distances
     are found in all dimensions, where few samples are all equally far; here in their main n / 4.
@@ -71,6 +71,8 @@ class PTQ4ARVG(PostTrainingQuantization):
     Args:
         weights: format of the weights.
         activations: format of the layers' inputs and of the attention operands.
+        ranges: how ranges are found; the default is the paper's, with the extremes as one more candidate. ``"mse"``
+            tries more of them, and is nearer in small models.
         gain: whether channels are scaled (GPS).
         sinks: how many of the first tokens have their own range; ``None``: no range depends on the position (no STWQ).
         position: the argument of the decoder that says where a call goes on: a number, a tensor of positions or a
@@ -97,6 +99,7 @@ class PTQ4ARVG(PostTrainingQuantization):
         self,
         weights: str = "int6",
         activations: str = "int6",
+        ranges: str = "percentile_mse",
         gain: bool = True,
         sinks: int | None = 2,
         position: str | None = None,
@@ -105,11 +108,9 @@ class PTQ4ARVG(PostTrainingQuantization):
         calibration_samples: int = 128,
         **arguments: Any,
     ) -> None:
-        super().__init__(
-            weights, activations, "percentile_mse", attention, calibration_samples=calibration_samples, **arguments
-        )
+        super().__init__(weights, activations, ranges, attention, calibration_samples=calibration_samples, **arguments)
         self.formats = replace(self.formats, weight_defaults={"symmetric": False, "granularity": "channel"})
-        self.rule = RULE
+        self.rule = RULE if ranges == RULE.name else self.rule
         if sinks is not None and sinks < 0:
             raise ValueError(f"sinks={sinks} must be at least 0, or None for no ranges by position")
         if mix not in ("ratio", "topk", None):
