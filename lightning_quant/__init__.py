@@ -4,8 +4,9 @@
 >>> callback = RepQViT(weights="int4", activations="int4")
 """
 
-from lightning_quant.calibration import TokenWindows, Trajectory
+from lightning_quant.calibration import AlignedTrajectory, TokenWindows, Trajectory
 from lightning_quant.callbacks import (
+    EDADM,
     GPTQ,
     HTQ,
     LLMFP4,
@@ -18,6 +19,7 @@ from lightning_quant.callbacks import (
     CacheQuant,
     CalibrationSensitivity,
     CrossQuant,
+    DilateQuant,
     DopQViT,
     FairGPTQ,
     FeatureCache,
@@ -67,6 +69,7 @@ from lightning_quant.solvers import Reconstruction
 
 __version__ = "0.1.0"
 __all__ = [
+    "EDADM",
     "GPTQ",
     "HTQ",
     "LLMFP4",
@@ -77,6 +80,7 @@ __all__ = [
     "RSQ",
     "SQNR",
     "AdaQuant",
+    "AlignedTrajectory",
     "CacheQuant",
     "CalibrationMixin",
     "CalibrationSensitivity",
@@ -84,6 +88,7 @@ __all__ = [
     "CrossQuant",
     "DiffusionMixin",
     "DiffusionModule",
+    "DilateQuant",
     "DopQViT",
     "FairGPTQ",
     "FeatureCache",

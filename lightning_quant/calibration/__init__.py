@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_quant.calibration.alignment import AlignedTrajectory, density, diversity, shared_out, step_shares
 from lightning_quant.calibration.attention_maps import seen_maps
 from lightning_quant.calibration.batches import CalibrationBatches, draw_training_batches_from
 from lightning_quant.calibration.cache import SampleCache
@@ -28,6 +29,7 @@ from lightning_quant.calibration.trajectory import Moment, Trajectory, WholeTraj
 from lightning_quant.calibration.undisturbed import undisturbed
 
 __all__ = [
+    "AlignedTrajectory",
     "CalibrationBatches",
     "Call",
     "Hessian",
@@ -44,6 +46,8 @@ __all__ = [
     "chosen_samples",
     "column_sums",
     "conditional_share",
+    "density",
+    "diversity",
     "draw_training_batches_from",
     "evenly",
     "feed",
@@ -68,7 +72,9 @@ __all__ = [
     "sample_output",
     "sampled_inputs",
     "seen_maps",
+    "shared_out",
     "signature",
+    "step_shares",
     "sum_across_ranks",
     "token_weights",
     "trajectory_seeds",

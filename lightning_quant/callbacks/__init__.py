@@ -5,7 +5,9 @@ from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.cachequant import CacheQuant
 from lightning_quant.callbacks.calibration_sensitivity import CalibrationSensitivity
 from lightning_quant.callbacks.crossquant import CrossQuant
+from lightning_quant.callbacks.dilatequant import DilateQuant
 from lightning_quant.callbacks.dopq_vit import DopQViT
+from lightning_quant.callbacks.edadm import EDADM
 from lightning_quant.callbacks.fair_gptq import FairGPTQ
 from lightning_quant.callbacks.feature_cache import FeatureCache
 from lightning_quant.callbacks.fidelity import Fidelity
@@ -40,6 +42,7 @@ from lightning_quant.callbacks.uniform_attention import UniformAttention
 from lightning_quant.callbacks.wanda import Wanda
 
 __all__ = [
+    "EDADM",
     "GPTQ",
     "HTQ",
     "LLMFP4",
@@ -52,6 +55,7 @@ __all__ = [
     "CacheQuant",
     "CalibrationSensitivity",
     "CrossQuant",
+    "DilateQuant",
     "DopQViT",
     "FairGPTQ",
     "FeatureCache",

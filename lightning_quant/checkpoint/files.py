@@ -178,6 +178,9 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     state |= {key: state[kept] for key, kept in description["tied"].items() if kept in state}
     for key, how in description["packed"].items():
         rows = _unpacked(folder, key, how, state).to(getattr(torch, how["dtype"]))
+        factor = state.get(f"{key.rpartition('.')[0]}.input_dilation.factor")
+        if factor is not None:  # the codes are of the dilated weight
+            rows = rows / factor.to(rows).view(-1, *[1] * (rows.dim() - 2))
         state[key] = rows.t() if how["transposed"] else rows
     name, value = entry_for({key: Plan.from_dict(plan) for key, plan in description["plans"].items()})
     state[name] = value

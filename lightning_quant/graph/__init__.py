@@ -1,6 +1,7 @@
 """Read-only knowledge of a model."""
 
 from lightning_quant.graph.attention import AttentionCalls
+from lightning_quant.graph.bottleneck import find_bottleneck
 from lightning_quant.graph.cache_points import CachePoint, find_cache_point, readers
 from lightning_quant.graph.costs import Cost
 from lightning_quant.graph.norms import Modulation, NormPair, Rows
@@ -29,6 +30,7 @@ __all__ = [
     "Traced",
     "Work",
     "attention_name",
+    "find_bottleneck",
     "find_cache_point",
     "kv_bytes",
     "machine_table",

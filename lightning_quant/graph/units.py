@@ -13,14 +13,15 @@ from lightning_quant.graph.trace import ModelGraph
 def units_of(model: nn.Module, graph: ModelGraph, layers: Sequence[str], granularity: str | Sequence[str]) -> list[str]:
     """Names of the units that hold the given layers, in the order of their first call.
 
-    A layer in no block or stage is a unit of its own. With patterns the outermost modules that they name are
-    the units, and layers elsewhere are in none.
+    A layer in no block or stage is a unit of its own. ``"inner"`` are the innermost members of lists that hold two
+    layers or more: the residual and attention blocks of a U-Net, whose outer blocks hold several of them. With patterns
+    the outermost modules that they name are the units, and layers elsewhere are in none.
 
     Args:
         model: the model.
         graph: what one forward told about it.
         layers: names of the layers that matter; a unit without any is left out.
-        granularity: ``"layer"``, ``"block"``, ``"stage"``, or name patterns.
+        granularity: ``"layer"``, ``"block"``, ``"inner"``, ``"stage"``, or name patterns.
 
     Raises:
         ValueError: if a pattern names nothing.
@@ -35,7 +36,9 @@ def units_of(model: nn.Module, graph: ModelGraph, layers: Sequence[str], granula
     (['0', '1.0', '1.1'], ['0', '1'])
     """
     if isinstance(granularity, str):
-        wider = {"layer": [], "block": graph.blocks, "stage": _stages(model, graph)}[granularity]
+        inner = _inner(model, graph, layers)
+        found = {"layer": [], "block": graph.blocks, "inner": inner, "stage": _stages(model, graph)}
+        wider = found[granularity]
         inside = [layer for unit in wider for layer in layers if _holds(unit, layer)]
         wanted = [*wider, *(layer for layer in layers if layer not in inside)]
     else:
@@ -44,6 +47,14 @@ def units_of(model: nn.Module, graph: ModelGraph, layers: Sequence[str], granula
     units = {name for name in wanted if name in ran and any(_holds(name, layer) for layer in layers)}
     outermost = [name for name in units if not any(other != name and _holds(other, name) for other in units)]
     return sorted(outermost, key=ran.__getitem__)
+
+
+def _inner(model: nn.Module, graph: ModelGraph, layers: Sequence[str]) -> list[str]:
+    """The innermost members of lists that ran and hold two layers or more."""
+    lists = {name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))}
+    members = [name for name in graph.order if name and name.rpartition(".")[0] in lists]
+    several = [member for member in members if sum(_holds(member, layer) for layer in layers) > 1]
+    return [one for one in several if not any(other != one and _holds(one, other) for other in several)]
 
 
 def _stages(model: nn.Module, graph: ModelGraph) -> list[str]:

@@ -59,6 +59,7 @@ class LayerSpec:
             None if weights is None else weights.scheme,
             None if inputs is None else inputs.scheme,
             layer.low_rank_branch() is None
+            and layer.dilated_by is None
             and all(quantizer is None or _is_plain(quantizer) for quantizer in (weights, inputs)),
             conv,
             isinstance(inputs, StepQuantizer),
@@ -83,7 +84,7 @@ class LayerSpec:
 
     def why_not_plain_grid(self) -> str | None:
         """What the weight or the input has beside integers and scales, or ``None``."""
-        return None if self.plain else "its grid has noise, a fractional zero point or a branch beside it"
+        return None if self.plain else "its grid has noise, a fractional zero point, a branch beside it or a dilation"
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ from lightning_quant.layers.cached import (
 )
 from lightning_quant.layers.conv import QuantConv1d, QuantConv2d
 from lightning_quant.layers.denoiser import call_denoiser, given_timesteps, timestep_argument
+from lightning_quant.layers.dilation import Dilation
 from lightning_quant.layers.float_twin import as_float, is_altered
 from lightning_quant.layers.hadamard import hadamard, has_hadamard
 from lightning_quant.layers.learning import (
+    Learned,
     has_scale_to_learn,
     learn_scale,
     learn_scales,
@@ -35,11 +37,12 @@ from lightning_quant.layers.positions import PositionPlan, decoder_of, takes_pos
 from lightning_quant.layers.rotation import Rotation, RotationPlan, SmoothedRotation, any_kind, online_rotation, rotates
 from lightning_quant.layers.routing import MATMULS, SOFTMAXES, AttentionSite, softmax_is_last
 from lightning_quant.layers.step_correction import StepCorrection, corrected_part
-from lightning_quant.layers.steps import StepPlan, require_schedule
+from lightning_quant.layers.steps import StepPlan, require_schedule, steps_inside
 from lightning_quant.layers.structure import structure_kept
 from lightning_quant.layers.swap import (
     create_bias,
     created_biases,
+    dilatable,
     drop_bias,
     quantize_attention,
     quantize_layer,
@@ -58,8 +61,10 @@ __all__ = [
     "AttentionSite",
     "BlockRotation",
     "CachedModule",
+    "Dilation",
     "KeptFeatures",
     "LayerPlan",
+    "Learned",
     "LowRank",
     "PatchBits",
     "Plan",
@@ -87,6 +92,7 @@ __all__ = [
     "created_biases",
     "decoder_of",
     "deep_feature",
+    "dilatable",
     "drop_bias",
     "given_timesteps",
     "hadamard",
@@ -109,6 +115,7 @@ __all__ = [
     "settle_scale",
     "settle_scales",
     "softmax_is_last",
+    "steps_inside",
     "stop_caching",
     "structure_kept",
     "takes_positions",

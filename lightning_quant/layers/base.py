@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.layers.dilation import Dilation
 from lightning_quant.layers.low_rank import LowRank
 from lightning_quant.quantizers import CrossQuantizer, Mask, NoisyQuantizer, Pattern, Quantizer, Scheme, build_quantizer
 
@@ -73,7 +74,7 @@ class QuantizedLayer(nn.Module):
         for name in self._children_of(slot):
             setattr(self, name, None)
         if slot == self.WEIGHTS:
-            self._drop_low_rank()
+            self._drop_beside()
 
     def filled(self) -> set[str]:
         """The slots that something is in."""
@@ -88,10 +89,11 @@ class QuantizedLayer(nn.Module):
         for name in [*(name for slot in self.SLOTS for name in self._children_of(slot)), "folded"]:
             if hasattr(self, name):
                 delattr(self, name)
-        self._drop_low_rank()
+        self._drop_beside()
 
-    def _drop_low_rank(self) -> None:
-        self._modules.pop("weight_low_rank", None)
+    def _drop_beside(self) -> None:
+        for name in ("weight_low_rank", "input_dilation"):
+            self._modules.pop(name, None)
 
     def _children_of(self, slot: str) -> list[str]:
         if slot == self.INPUTS:
@@ -122,6 +124,22 @@ class QuantizedLayer(nn.Module):
         branch = self._modules.get(f"{name}_low_rank")
         return branch if isinstance(branch, LowRank) else None
 
+    def make_dilated(self) -> None:
+        """Let input channels be divided by what the weights that read them are multiplied with: by 1 for now."""
+        self.register_module(
+            "input_dilation", Dilation(self.weight_rows().shape[1]).to(self.device).train(self.training)
+        )
+
+    @property
+    def dilated_by(self) -> Dilation | None:
+        """What its input channels are divided by, if anything."""
+        return cast(Dilation | None, self._modules.get("input_dilation"))
+
+    def narrowed(self, x: Tensor) -> Tensor:
+        """The input as it is quantized, divided where the weights were dilated."""
+        dilation = self.dilated_by
+        return x if dilation is None else dilation.narrow(x, self.input_axis)
+
     def make_crossed(self, alpha: float) -> None:
         """Let the input's step be a mixture of its token's and its channel's."""
         assert self.input_quantizer is not None
@@ -143,10 +161,10 @@ class QuantizedLayer(nn.Module):
         return weight.t() if self.transposed else weight
 
     def weight_rows(self, name: str = "weight") -> Tensor:
-        """What is quantized, the float weight without what is pruned, with output channels first: (out, ...)."""
+        """What is quantized: the float weight without what is pruned, dilated, output channels first: (out, ...)."""
         mask = getattr(self, f"{name}_pruning", None)
         rows: Tensor = self.float_rows(name) if mask is None else mask(self.float_rows(name))
-        return rows
+        return rows if self.dilated_by is None else self.dilated_by.widen(rows)
 
     def masks(self) -> dict[str, Mask]:
         """The masks of pruned weights, by the name of the Parameter."""

@@ -16,10 +16,11 @@ class QuantConv1d(QuantizedLayer, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
-        exact = integer_product(self, input, self._conv_forward, axis=1 - self.weight.dim())
+        x = self.narrowed(input)
+        exact = integer_product(self, x, self._conv_forward, axis=1 - self.weight.dim())
         if exact is not None:
             return exact
-        out: Tensor = self._conv_forward(through(self.input_quantizer, input), self.quantized(), self.full_bias())
+        out: Tensor = self._conv_forward(through(self.input_quantizer, x), self.quantized(), self.full_bias())
         return out
 
 
@@ -31,8 +32,9 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
-        exact = integer_product(self, input, self._conv_forward, axis=1 - self.weight.dim())
+        x = self.narrowed(input)
+        exact = integer_product(self, x, self._conv_forward, axis=1 - self.weight.dim())
         if exact is not None:
             return exact
-        out: Tensor = self._conv_forward(through(self.input_quantizer, input), self.quantized(), self.full_bias())
+        out: Tensor = self._conv_forward(through(self.input_quantizer, x), self.quantized(), self.full_bias())
         return out

@@ -5,7 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_quant.layers.plan import Plan
-from lightning_quant.quantizers import LearnedQuantizer, Quantizer, UniformQuantizer
+from lightning_quant.quantizers import (
+    LearnedQuantizer,
+    LearnedStepQuantizer,
+    Quantizer,
+    StepQuantizer,
+    UniformQuantizer,
+)
+
+Learned = LearnedQuantizer | LearnedStepQuantizer
 
 
 def learn_scales(model: nn.Module, plan: Plan, offsets: bool = False) -> None:
@@ -36,21 +44,28 @@ def learn_scales(model: nn.Module, plan: Plan, offsets: bool = False) -> None:
 
 
 def has_scale_to_learn(quantizer: nn.Module) -> bool:
-    """Whether this is a static uniform quantizer that does not learn yet.
+    """Whether this is a static uniform quantizer, or a table of them, that does not learn yet.
 
     >>> has_scale_to_learn(UniformQuantizer("int8_sym_channel", axis=0)), has_scale_to_learn(nn.Identity())
     (True, False)
     """
-    return type(quantizer) is UniformQuantizer and not quantizer.scheme.dynamic
+    if type(quantizer) not in (UniformQuantizer, StepQuantizer):
+        return False
+    assert isinstance(quantizer, UniformQuantizer)
+    return not quantizer.scheme.dynamic
 
 
-def learn_scale(model: nn.Module, name: str, offset: bool = False) -> LearnedQuantizer | None:
+def learn_scale(model: nn.Module, name: str, offset: bool = False) -> Learned | None:
     """Put a learned quantizer in the place of one of this name; ``None`` if its format has nothing to learn."""
     quantizer = model.get_submodule(name)
     if not has_scale_to_learn(quantizer):
         return None
     assert isinstance(quantizer, UniformQuantizer)
-    learned = LearnedQuantizer.of(quantizer, offset and not quantizer.scheme.symmetric)
+    learned: Learned
+    if isinstance(quantizer, StepQuantizer):
+        learned = LearnedStepQuantizer(quantizer, offset)
+    else:
+        learned = LearnedQuantizer.of(quantizer, offset and not quantizer.scheme.symmetric)
     _replace(model, name, learned)
     return learned
 
@@ -64,7 +79,7 @@ def settle_scales(model: nn.Module, plan: Plan) -> None:
 def settle_scale(model: nn.Module, name: str) -> None:
     """Put a plain quantizer in the place of a learned one of this name."""
     quantizer = model.get_submodule(name)
-    assert isinstance(quantizer, LearnedQuantizer)
+    assert isinstance(quantizer, (LearnedQuantizer, LearnedStepQuantizer))
     _replace(model, name, quantizer.settled())
 
 

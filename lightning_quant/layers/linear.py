@@ -17,10 +17,11 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
-        exact = integer_product(self, input, F.linear)
+        x = self.narrowed(input)
+        exact = integer_product(self, x, F.linear)
         if exact is not None:
             return exact
-        return F.linear(through(self.input_quantizer, input), self.quantized(), self.full_bias())
+        return F.linear(through(self.input_quantizer, x), self.quantized(), self.full_bias())
 
 
 class QuantOutProjection(QuantLinear, NonDynamicallyQuantizableLinear):

@@ -44,6 +44,7 @@ class LayerPlan:
         biases: format of another bias that the method finds; ``None`` where it adds the layer's own.
         low_rank: rank of the branch beside its weight, 0 where there is none.
         crossed: how much of an input's step is its token's, the rest its channel's; ``None``: no such step.
+        dilated: whether weights of unsaturated input channels are multiplied, and these channels divided.
     """
 
     weights: str | None
@@ -53,6 +54,7 @@ class LayerPlan:
     biases: str | None = None
     low_rank: int = 0
     crossed: float | None = None
+    dilated: bool = False
 
     @property
     def slots(self) -> list[str]:
@@ -178,6 +180,8 @@ class Plan:
                 twin.make_noisy()
             if layer.low_rank:
                 twin.add_low_rank(layer.low_rank)
+            if layer.dilated:
+                twin.make_dilated()
             if layer.crossed is not None:
                 twin.make_crossed(layer.crossed)
         for name, site in self.attention.items():

@@ -80,6 +80,11 @@ def step_hooks(denoiser: nn.Module) -> dict[int, StepHook]:
     return {key: hook for key, hook in denoiser._forward_pre_hooks.items() if isinstance(hook, StepHook)}
 
 
+def steps_inside(model: nn.Module) -> list[Steps]:
+    """Where the trajectory is, for every group of tables in a model; none where no scale depends on that."""
+    return [hook.steps for module in model.modules() for hook in step_hooks(module).values()]
+
+
 def require_schedule(denoiser: nn.Module, timesteps: Sequence[float]) -> None:
     """Refuse to sample along another schedule than the one that a denoiser's tables are for.
 

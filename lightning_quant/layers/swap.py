@@ -46,6 +46,15 @@ def twin_of(layer: nn.Module) -> type[QuantizedLayer] | None:
     return TWINS.get(type(layer))
 
 
+def dilatable(layer: nn.Module) -> bool:
+    """Whether the input channels of a layer can be divided, and the weights that read them multiplied.
+
+    >>> dilatable(nn.Linear(2, 2)), dilatable(nn.Conv2d(4, 4, 3, groups=2)), dilatable(nn.Embedding(2, 2))
+    (True, False, False)
+    """
+    return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) and getattr(layer, "groups", 1) == 1
+
+
 def weight_rows(layer: nn.Module) -> Tensor:
     """The weight of a float or quantized layer with output channels first: (out, ...); a view of the Parameter."""
     twin = twin_of(layer)

@@ -206,7 +206,7 @@ class ReconstructionStage(LightningModule):
                 self._batches,
                 self._run,
                 _streams(task.phase, self.settings.inputs),
-                learning.layers if self.settings.layer_weight else [],
+                learning.supervised,
                 self.settings.loss == "fisher",
                 self.settings.cache,
                 self._states.folder / "cache",
@@ -262,8 +262,9 @@ class ReconstructionStage(LightningModule):
     def _errors(self, rows: Tensor, now: _Current) -> tuple[Tensor, Tensor]:
         """The error of the unit's output on some samples, and what those below and above it count."""
         batch, signature, settings = now.data.take(rows), now.data.signature, self.settings
+        now.data.enter_steps(batch)
         args, kwargs = signature.arguments(now.learning.mixed_inputs(batch))
-        inner = {name: now.data.layers[name] for name in signature.inner} if settings.layer_weight else {}
+        inner = {name: now.data.layers[name] for name in signature.inner}
         with hooked_outputs(inner) as found:
             outputs = signature.results(now.data.unit(*args, **kwargs))
         error = outputs[0].new_zeros(())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lightning_quant.calibration import (
     sample_count,
     signature,
 )
-from lightning_quant.layers import as_float
+from lightning_quant.layers import as_float, steps_inside
 
 
 @dataclass
@@ -37,6 +37,7 @@ class UnitBatch:
         targets: what the float unit makes of its float input.
         inner: the same for the layers inside.
         importance: what each element of the targets counts, if that is known.
+        steps: where each sample is in its trajectory, for every group of tables with scales for each step.
     """
 
     quantized: list[Tensor] | None
@@ -44,6 +45,7 @@ class UnitBatch:
     targets: list[Tensor]
     inner: dict[str, Tensor]
     importance: list[Tensor] | None
+    steps: list[Tensor]
 
 
 class UnitData:
@@ -75,6 +77,7 @@ class UnitData:
     ) -> None:
         self.model, self.name, self.run, self.streams, self.fisher = model, name, run, streams, fisher
         self.unit = model.get_submodule(name)
+        self.steps = steps_inside(model)
         self.layers = {layer: model.get_submodule(layer) for layer in layers}
         self.batches = batches if cache == "recompute" else []
         two = first_samples(batches[0], 2)
@@ -98,6 +101,11 @@ class UnitData:
         """The samples of these rows."""
         return self._unpacked(self.cache.take(rows) if not self.batches else self._recomputed(rows))
 
+    def enter_steps(self, batch: UnitBatch) -> None:
+        """Let the tables in the unit know where the samples are, for it runs without the rest of the model."""
+        for steps, rows in zip(self.steps, batch.steps, strict=True):
+            steps.stand_at(rows.flatten().tolist())
+
     def close(self) -> None:
         """Let go of what is kept."""
         self.cache.close()
@@ -110,12 +118,13 @@ class UnitData:
 
     def _columns(self, batch: Any) -> list[Tensor]:
         """All columns of one batch; those of several calls of the unit one below the other."""
-        calls = self._calls(batch, self.signature.calls, as_floats=True)
+        with self._steps_seen(batch) as steps:
+            calls = self._calls(batch, self.signature.calls, as_floats=True)
         for call in calls:
             same_constants(self.name, self.signature.constants, [
                 leaf if axis is None else None for leaf, axis in zip(call.inputs, self.signature.inputs, strict=True)
             ])  # fmt: skip
-        columns: list[list[Tensor]] = [[] for _ in calls]
+        columns: list[list[Tensor]] = [[*rows] for rows in steps]
         if "quantized" in self.streams:
             for mine, call in zip(columns, self._calls(batch, self.signature.calls, as_floats=False), strict=True):
                 mine += self.signature.columns(call)
@@ -129,19 +138,36 @@ class UnitData:
                 mine += importance
         return [torch.cat(parts) for parts in zip(*columns, strict=True)]
 
+    @contextmanager
+    def _steps_seen(self, batch: Any) -> Iterator[list[list[Tensor]]]:
+        """For each call of the unit where the samples are, (samples, entries of each)."""
+        found: list[list[Tensor]] = []
+        samples = sample_count(batch)
+
+        def see(*_: Any) -> None:
+            rows = [steps.rows * samples if len(steps.rows) == 1 else steps.rows for steps in self.steps]
+            found.append([torch.tensor(row).view(samples, -1) for row in rows])
+
+        handle = self.unit.register_forward_pre_hook(see)
+        try:
+            yield found
+        finally:
+            handle.remove()
+
     def _unpacked(self, columns: list[Tensor]) -> UnitBatch:
         remaining = iter(columns)
 
         def take(count: int) -> list[Tensor]:
             return [next(remaining) for _ in range(count)]
 
+        steps = take(len(self.steps))
         inputs = sum(axis is not None for axis in self.signature.inputs)
         outputs = sum(axis is not None for axis in self.signature.outputs)
         quantized = take(inputs) if "quantized" in self.streams else None
         float_ = take(inputs) if "float" in self.streams else None
         targets = take(outputs)
         inner = dict(zip(self.signature.inner, take(len(self.signature.inner)), strict=True))
-        return UnitBatch(quantized, float_, targets, inner, take(outputs) if self.fisher else None)
+        return UnitBatch(quantized, float_, targets, inner, take(outputs) if self.fisher else None, steps)
 
     def _recomputed(self, rows: Tensor) -> list[Tensor]:
         parts = []

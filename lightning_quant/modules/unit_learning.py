@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.layers import QuantAttention, QuantizedLayer, has_scale_to_learn, learn_scale, settle_scale
+from lightning_quant.layers import (
+    Learned,
+    QuantAttention,
+    QuantizedLayer,
+    has_scale_to_learn,
+    learn_scale,
+    settle_scale,
+)
 from lightning_quant.modules.unit_data import UnitBatch
-from lightning_quant.quantizers import LearnedQuantizer, Quantizer
+from lightning_quant.quantizers import Quantizer
 from lightning_quant.solvers import ROUNDINGS, Reconstruction, WeightRounding, moment_distance
 
 
@@ -46,7 +53,7 @@ class UnitLearning:
             for key in module.activation_quantizers()
         ]
         self.roundings: dict[str, WeightRounding] = {}
-        self.scales: dict[str, LearnedQuantizer] = {}
+        self.scales: dict[str, Learned] = {}
         self.biases: dict[str, nn.Parameter] = {}
         self.random: torch.Generator | None = None
 
@@ -60,6 +67,13 @@ class UnitLearning:
         )
         weights = self.phase != "activations" and self.settings.rounding != "nearest" and rounded
         return weights or (self.phase != "weights" and scaled)
+
+    @property
+    def supervised(self) -> list[str]:
+        """The layers inside whose own error counts beside the unit's."""
+        if not self.settings.layer_weight:
+            return []
+        return self.layers if self.settings.last_layer else self.layers[:-1]
 
     @contextmanager
     def learn(self, seed: int) -> Iterator[None]:

@@ -9,6 +9,7 @@ from lightning_quant.quantizers.floating import FloatQuantizer, float_grid, floa
 from lightning_quant.quantizers.groups import in_groups, out_of_groups
 from lightning_quant.quantizers.histogram import Histogram
 from lightning_quant.quantizers.learned import LearnedQuantizer, scale_gradient
+from lightning_quant.quantizers.learned_steps import LearnedStepQuantizer
 from lightning_quant.quantizers.levels import from_steps, levels, to_steps
 from lightning_quant.quantizers.logarithmic import (
     LogQuantizer,
@@ -38,6 +39,7 @@ __all__ = [
     "FloatQuantizer",
     "Histogram",
     "LearnedQuantizer",
+    "LearnedStepQuantizer",
     "LogQuantizer",
     "Mask",
     "NoisyQuantizer",

@@ -61,7 +61,11 @@ class Steps:
             rows = [self._row_of[timestep] for timestep in timesteps]
         except KeyError as error:
             raise ValueError(self.refusal(f"the timestep {error.args[0]:g}")) from None
-        self.rows = rows if len({*rows}) > 1 else rows[:1]
+        self.stand_at(rows)
+
+    def stand_at(self, rows: Sequence[int]) -> None:
+        """The samples that come now are at these rows: for a part of the network that runs alone."""
+        self.rows = list(rows) if len({*rows}) > 1 else list(rows[:1])
 
     def require(self, timesteps: Sequence[float]) -> None:
         """Refuse another schedule.

@@ -20,7 +20,8 @@ class Reconstruction:
 
     Args:
         granularity: what a unit is: ``"layer"``, ``"block"`` (what repeats, and layers outside of that alone),
-            ``"stage"`` (a module that holds several blocks), or name patterns of modules.
+            ``"inner"`` (as small as can be: the residual and attention blocks of a U-Net), ``"stage"`` (a module that
+            holds several blocks), or name patterns of modules.
         phases: what is learned in which pass over the units: ``"weights"`` (activations are float meanwhile),
             ``"activations"``, or ``"joint"`` for both at once.
         rounding: ``"adaround"``, ``"joint"`` (with the step size), ``"weights"`` (the float weight itself), ``"free"``
@@ -43,6 +44,7 @@ class Reconstruction:
         loss: ``"mse"``, or ``"fisher"``, which weights the error by how much the model's output depends on it.
         layer_weight: what the errors of the layers inside a unit count, beside that of its output.
         layer_loss: what these errors are: ``"mse"``, or ``"moments"`` for mean and standard deviation of each channel.
+        last_layer: whether the last layer of a unit is among these; its output is nearly the unit's own.
         global_weight: what the error of the model's own output counts, when the unit's output runs through the float
             layers behind it.
         global_loss: what that error is: ``"kl"`` between softmaxes along the last axis, or ``"mse"``.
@@ -63,7 +65,7 @@ class Reconstruction:
         100
     """
 
-    granularity: Literal["layer", "block", "stage"] | list[str] = "block"
+    granularity: Literal["layer", "block", "inner", "stage"] | list[str] = "block"
     phases: list[str] = field(default_factory=lambda: ["joint"])
     rounding: str = "adaround"
     inputs: Literal["quantized", "float", "mixed"] = "mixed"
@@ -81,6 +83,7 @@ class Reconstruction:
     loss: Literal["mse", "fisher"] = "mse"
     layer_weight: float = 0.0
     layer_loss: Literal["mse", "moments"] = "mse"
+    last_layer: bool = True
     global_weight: float = 0.0
     global_loss: Literal["kl", "mse"] = "kl"
     global_every: int = 4
@@ -101,9 +104,9 @@ class Reconstruction:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, allowed))}")
-        if isinstance(self.granularity, str) and self.granularity not in ("layer", "block", "stage"):
+        if isinstance(self.granularity, str) and self.granularity not in ("layer", "block", "inner", "stage"):
             raise ValueError(
-                f"granularity={self.granularity!r} is none of 'layer', 'block', 'stage'; name patterns go in a list"
+                f"granularity={self.granularity!r} is none of 'layer', 'block', 'inner', 'stage'; patterns go in a list"
             )
         if not self.phases or not set(self.phases) <= {"weights", "activations", "joint"}:
             raise ValueError(f"phases={self.phases} must be of 'weights', 'activations' and 'joint'")
@@ -159,5 +162,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mgrq": {
         **{"granularity": "block", "phases": ["joint"], "inputs": "quantized", "keep": 1.0, "balance": True},
         **{"global_weight": 0.5, "layer_weight": 0.5, "layer_loss": "moments"},
+    },
+    "edadm": {
+        **{"granularity": "inner", "phases": ["joint"], "inputs": "mixed", "keep": 0.5, "penalty": 0.0},
+        **{"layer_weight": 0.8, "last_layer": False, "learning_rate": 0.1},
+    },
+    "dilatequant": {
+        **{"granularity": "inner", "phases": ["joint"], "rounding": "free", "inputs": "quantized", "keep": 1.0},
+        **{"learning_rate": 5e-2, "scale_learning_rate": 1e-4},
     },
 }

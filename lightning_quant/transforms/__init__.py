@@ -1,5 +1,6 @@
 """Function-preserving edits of float weights."""
 
+from lightning_quant.transforms.dilation import dilation
 from lightning_quant.transforms.gain import Gain, gain_factors, gain_projection, symmetric_shift
 from lightning_quant.transforms.greedy_rotation import fit_block_rotation, greedy_blocks, spreading, zigzag
 from lightning_quant.transforms.norm_fold import (
@@ -27,6 +28,7 @@ __all__ = [
     "Gain",
     "Reparameterization",
     "Smoothing",
+    "dilation",
     "fit_block_rotation",
     "fold_affine",
     "fold_linear",
