@@ -23,6 +23,7 @@ from lightning_quant.callbacks.noisyquant import NoisyQuant
 from lightning_quant.callbacks.osaq import OSAQ
 from lightning_quant.callbacks.pmq import PMQ
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
+from lightning_quant.callbacks.q_diffusion import QDiffusion
 from lightning_quant.callbacks.quant_report import QuantReport
 from lightning_quant.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_quant.callbacks.rectified_sparse_attention import RectifiedSparseAttention
@@ -61,6 +62,7 @@ __all__ = [
     "MixedPrecision",
     "NoisyQuant",
     "PostTrainingQuantization",
+    "QDiffusion",
     "QuantReport",
     "QuantizationAwareTraining",
     "QuantizationCallback",
