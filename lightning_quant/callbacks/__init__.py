@@ -35,6 +35,7 @@ from lightning_quant.callbacks.rsq import RSQ
 from lightning_quant.callbacks.smooth_quant import SmoothQuant
 from lightning_quant.callbacks.sparsegpt import SparseGPT
 from lightning_quant.callbacks.sparsity_induction import SparsityInduction
+from lightning_quant.callbacks.tfmq_dm import TFMQDM
 from lightning_quant.callbacks.uniform_attention import UniformAttention
 from lightning_quant.callbacks.wanda import Wanda
 
@@ -46,6 +47,7 @@ __all__ = [
     "OSAQ",
     "PMQ",
     "RSQ",
+    "TFMQDM",
     "AdaQuant",
     "CacheQuant",
     "CalibrationSensitivity",

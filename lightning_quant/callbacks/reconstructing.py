@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import nn
 
 from lightning_quant.modules import ReconstructionStage
 from lightning_quant.solvers import Reconstruction
@@ -14,7 +15,7 @@ from lightning_quant.solvers import Reconstruction
 
 def reconstruct(
     trainer: Trainer,
-    pl_module: LightningModule,
+    model: nn.Module,
     settings: Reconstruction,
     batches: Iterable[Any],
     layers: Sequence[str],
@@ -24,16 +25,16 @@ def reconstruct(
 
     Args:
         trainer: the running Trainer; its loggers get the loss curves.
-        pl_module: the quantized model.
+        model: the quantized model, or a part of it.
         settings: what is learned, and how.
         batches: the calibration batches.
         layers: names of the quantized layers that take part.
         state_dir: where finished units are written.
     """
-    stage = ReconstructionStage(pl_module, settings, batches, layers, state_dir, trainer.loggers, trainer)
+    stage = ReconstructionStage(model, settings, batches, layers, state_dir, trainer.loggers, trainer)
     bar = trainer.progress_bar_callback
     shown = bar is not None and not getattr(bar, "is_disabled", False)
-    device = pl_module.device
+    device = next(model.parameters()).device
     inner = Trainer(
         accelerator=device.type,
         devices=1 if device.type == "cpu" else [device.index],  # the ranks learn together all the same
@@ -48,7 +49,7 @@ def reconstruct(
         use_distributed_sampler=False,
     )
     inner.fit(stage)
-    pl_module.to(device)  # Lightning takes its module to the CPU when a fit ends
+    model.to(device)  # Lightning takes its module to the CPU when a fit ends
     return stage
 
 
