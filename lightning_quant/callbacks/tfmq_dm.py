@@ -11,17 +11,15 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_quant.calibration import observed, reordered, sample_count
+from lightning_quant.calibration import observed
 from lightning_quant.callbacks.q_diffusion import QDiffusion
 from lightning_quant.callbacks.reconstructing import reconstruct
 from lightning_quant.callbacks.step_tables import step_plan
-from lightning_quant.graph import ModelGraph, Temporal
+from lightning_quant.graph import ModelGraph
 from lightning_quant.layers import Plan, QuantizedLayer
 from lightning_quant.modules import DiffusionMixin, TemporalBlock, every_step
-from lightning_quant.quantizers import RangeRule
+from lightning_quant.quantizers import RangeRule, StepQuantizer
 from lightning_quant.solvers import Reconstruction
-
-CHUNK = 64  # samples that run through the denoiser at a time
 
 
 class TFMQDM(QDiffusion):
@@ -118,32 +116,31 @@ class TFMQDM(QDiffusion):
         stream = iter(batches)
         first = next(stream)
         super().calibrate_plan(model, plan, graph, chain([first], stream), run)
-        every = every_step(model, first)
+        block = TemporalBlock(model, graph.temporal, lambda: run(every_step(model, first)))
         if self.tiar and self.formats.weights is not None:
-            self._reconstruct_temporal(model, plan, graph.temporal, lambda: run(every))
+            names = [f"block.layers.{number}" for number, name in enumerate(block.names) if name in plan.layers]
+            whole, rows = nn.Sequential(OrderedDict(block=block)), torch.arange(block.rows)
+            reconstruct(model.trainer, whole, self.temporal, [rows], names)
         if self.finite_set and self.formats.activations is not None:
-            layers = self._layers(graph, plan)
-            found = plan.activation_quantizers(model)
-            tables = {name: q for name, q in found.items() if name.rpartition(".")[0] in layers}
-            for quantizer in tables.values():
-                quantizer.reset()
-            with observed(tables, RangeRule.parse("minmax")):
-                rows = range(sample_count(every))
-                for start in rows[::CHUNK]:
-                    run(reordered(every, rows[start : start + CHUNK]))
+            self._find_tables(block, plan, model)
 
     def reconstructed(self, pl_module: LightningModule, plan: Plan) -> list[str]:
         """Names of the layers whose rounding is not learned yet."""
         layers = plan.quantized_layers(pl_module)
         return [name for name, layer in layers.items() if not _is_decided(layer)]
 
-    def _reconstruct_temporal(
-        self, model: DiffusionMixin, plan: Plan, temporal: Temporal, run: Callable[[], Any]
-    ) -> None:
-        block = TemporalBlock(model, temporal, run)
-        whole = nn.Sequential(OrderedDict(block=block))
-        names = [f"block.layers.{number}" for number, name in enumerate(block.names) if name in plan.layers]
-        reconstruct(model.trainer, whole, self.temporal, [torch.arange(block.rows)], names)
+    def _find_tables(self, block: TemporalBlock, plan: Plan, model: nn.Module) -> None:
+        """Find the ranges of one layer after another, each behind those before it as they are quantized."""
+        found = plan.activation_quantizers(model)
+        for layer in block.names:
+            tables = {
+                name: quantizer for name, quantizer in found.items()
+                if name.rpartition(".")[0] == layer and isinstance(quantizer, StepQuantizer)
+            }  # fmt: skip
+            for quantizer in tables.values():
+                quantizer.reset()
+            with observed(tables, RangeRule.parse("minmax")), torch.no_grad():
+                block(torch.arange(block.rows))
 
     @staticmethod
     def _layers(graph: ModelGraph, plan: Plan) -> list[str]:

@@ -19,13 +19,14 @@ from lightning_quant.layers import as_float
 from lightning_quant.modules.diffusion import DiffusionMixin
 
 
-def every_step(model: DiffusionMixin, batch: Any, conditions: int = 16) -> dict[str, Any]:
+def every_step(model: DiffusionMixin, batch: Any, most: int = 512) -> dict[str, Any]:
     """A calibration batch that has every timestep of the schedule, with each of some conditions; the samples are 0.
 
     Args:
         model: whose schedule it is.
         batch: a calibration batch, which has conditions if there are any.
-        conditions: how many different ones are taken, labels and the like; floats beside them are not looked at.
+        most: how many samples there may be; so many different conditions are taken, labels and the like. Conditions
+            that are floats are not looked at.
     """
     moments = isinstance(batch, dict) and "timestep" in batch and "x" in batch
     given = batch.get("conditions", {}) if moments else model.parts(batch)[2]
@@ -35,8 +36,8 @@ def every_step(model: DiffusionMixin, batch: Any, conditions: int = 16) -> dict[
             x[row].flatten().tolist() for x in given.values() if isinstance(x, Tensor) and not x.is_floating_point()
         ]
         chosen.setdefault(str(known), row)
-    rows = list(chosen.values())[:conditions]
     schedule = torch.tensor(list(dict.fromkeys(model.timesteps)))
+    rows = list(chosen.values())[: max(1, most // len(schedule))]
     schedule = schedule.long() if bool((schedule == schedule.round()).all()) else schedule
     device = next(model.denoiser.parameters()).device
     return {
