@@ -60,7 +60,7 @@ def test_it_computes_with_the_layers_as_they_are_now(make):
     block, *_ = block_of(module)
     rows = torch.arange(block.rows)
     exact = block(rows)
-    plan = Plan("Demo", {}, {name: LayerPlan("int3_sym_channel", None) for name in block.names})
+    plan = Plan("Demo", {}, {name: LayerPlan("int3_sym_tensor", None) for name in block.names})
     plan.apply(module)
     for quantizer, layer in ((m.weight_quantizer, m) for m in plan.quantized_layers(module).values()):
         quantizer.fit(layer.weight_rows())
