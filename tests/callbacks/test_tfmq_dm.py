@@ -6,11 +6,12 @@ import torch.nn.functional as F
 
 from lightning_quant import TFMQDM, DiffusionModule, Reconstruction
 from lightning_quant.layers import as_float
+from lightning_quant.modules import every_step
 from lightning_quant.quantizers import StepQuantizer
 from tests.cases import is_float
 from tests.diffusion import labelled, pictures, sampler, seeds
 from tests.models import TinyTransformer, trainer
-from tests.modules.test_temporal_block import block_of
+from tests.modules.test_temporal_block import batch_of, block_of
 
 MODELS = {"unet": sampler, "dit": labelled}
 LIGHT = {"calibration_samples": 16, "steps": 4, "iterations": 60}
@@ -35,10 +36,10 @@ def temporal_codes(module, names):
 def features(module):
     """The temporal features of the model and of its float twin, and their layers."""
     with as_float(module):
-        block, *_ = block_of(module)
+        block, every, _ = block_of(module)
         exact = block(torch.arange(block.rows))
-    module.calibration_step(block_of(module)[1])  # the tables stand at these steps now
     with torch.no_grad():
+        module.calibration_step(every)  # the tables stand at these steps now
         return block(torch.arange(block.rows)), exact, block.names
 
 
@@ -79,7 +80,7 @@ def test_nothing_is_clipped_at_any_step(make):
 
     handles = [module.get_submodule(name).register_forward_pre_hook(look) for name in names]
     with torch.no_grad():
-        module.calibration_step(block_of(module)[1])
+        module.calibration_step(every_step(module, batch_of(module)))
     for handle in handles:
         handle.remove()
     assert len(seen) == len(names) and all(seen)
