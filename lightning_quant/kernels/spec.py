@@ -23,7 +23,7 @@ class LayerSpec:
         shape: of the weight, output channels first.
         weights: format of the weight, ``None`` for float.
         inputs: format of the input, ``None`` for float.
-        plain: whether both are plain grids: no noise or parts, no fractional zero points, no weight shared by two formats.
+        plain: whether both are plain grids: no noise, parts or fractional zero points, no weight shared by two formats.
         stepwise: whether the input's scale depends on the step of a denoising trajectory.
         conv: stride, padding, dilation, groups and padding mode of a convolution.
     """
