@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import nn
 
 from lightning_quant.modules import ReconstructionStage
+from lightning_quant.quantizers import StepQuantizer
 from lightning_quant.solvers import Reconstruction
 
 
@@ -48,9 +50,20 @@ def reconstruct(
         default_root_dir=trainer.default_root_dir,
         use_distributed_sampler=False,
     )
-    inner.fit(stage)
+    with tables_float(model):
+        inner.fit(stage)
     model.to(device)  # Lightning takes its module to the CPU when a fit ends
     return stage
+
+
+@contextmanager
+def tables_float(model: nn.Module) -> Iterator[None]:
+    """Let quantizers with a scale for each step hand on floats: the samples of a unit do not tell their steps."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, StepQuantizer):
+                stack.enter_context(module.observed_by(lambda x: x))
+        yield
 
 
 class UnitProgress(TQDMProgressBar):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_quant.layers import QuantAttention, QuantizedLayer, has_scale_to_learn, learn_scale, settle_scale
 from lightning_quant.modules.unit_data import UnitBatch
-from lightning_quant.quantizers import LearnedQuantizer, Quantizer
+from lightning_quant.quantizers import LearnedQuantizer, Quantizer, StepQuantizer
 from lightning_quant.solvers import ROUNDINGS, Reconstruction, WeightRounding, moment_distance
 
 
@@ -43,7 +43,8 @@ class UnitLearning:
             f"{name}.{key}"
             for name, module in inside.items()
             if isinstance(module, (QuantizedLayer, QuantAttention))
-            for key in module.activation_quantizers()
+            for key, quantizer in module.activation_quantizers().items()
+            if not isinstance(quantizer, StepQuantizer)  # the samples of a unit do not tell their steps
         ]
         self.roundings: dict[str, WeightRounding] = {}
         self.scales: dict[str, LearnedQuantizer] = {}

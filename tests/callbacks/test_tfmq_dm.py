@@ -14,7 +14,7 @@ from tests.models import TinyTransformer, trainer
 from tests.modules.test_temporal_block import batch_of, block_of
 
 MODELS = {"unet": sampler, "dit": labelled}
-LIGHT = {"calibration_samples": 16, "steps": 4, "iterations": 60}
+LIGHT = {"calibration_samples": 16, "steps": 4, "iterations": 40}
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
@@ -55,7 +55,7 @@ def test_learned_together_they_are_nearer_than_layer_by_layer_and_than_the_neare
         module = make()
         present = [f"*{layer}" for layer in block_of(module)[0].names]
         settings = Reconstruction(
-            granularity=present, phases=["weights"], inputs="quantized", keep=1.0, iterations=60, samples=16
+            granularity=present, phases=["weights"], inputs="quantized", keep=1.0, iterations=40, samples=16
         )
         quantized(
             module, weights="int3", activations=None, tiar=name == "together",

@@ -13,7 +13,7 @@ MAKE = {"unet": sampler, "dit": labelled, "own": lambda **more: sampler(Own(), s
 
 def batch_of(module, count=6):
     conditions = {"class_labels": torch.arange(count) % 3} if module.conditions else {}
-    return {"x": torch.randn(count, 1, 8, 8), "timestep": torch.arange(count) * 100, "conditions": conditions}
+    return {"x": torch.randn(count, 1, 8, 8), "timestep": torch.arange(count) % 4 * 250, "conditions": conditions}
 
 
 def block_of(module):
