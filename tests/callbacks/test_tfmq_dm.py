@@ -83,7 +83,7 @@ def test_nothing_is_clipped_at_any_step(make):
         module.calibration_step(every_step(module, batch_of(module)))
     for handle in handles:
         handle.remove()
-    assert len(seen) == len(names) and all(seen)
+    assert len(seen) >= len(names) and all(seen)  # a layer may run more than once
 
 
 def test_only_temporal_activations_have_tables_unless_all_are_asked_for(make):
