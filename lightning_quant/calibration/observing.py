@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lightning_quant.calibration.ranks import from_other_ranks
 from lightning_quant.quantizers import (
     Observer,
+    PositionObserver,
+    PositionQuantizer,
     Quantizer,
     RangeRule,
     SplitObserver,
@@ -65,9 +67,13 @@ def observed(quantizers: Mapping[str, Quantizer], rule: RangeRule) -> Iterator[N
             observer.freeze()
 
 
-def _observer(quantizer: Quantizer, rule: RangeRule, name: str) -> Observer | StepObserver | SplitObserver:
+def _observer(
+    quantizer: Quantizer, rule: RangeRule, name: str
+) -> Observer | StepObserver | PositionObserver | SplitObserver:
     if isinstance(quantizer, StepQuantizer):
         return StepObserver(quantizer, rule, name)
+    if isinstance(quantizer, PositionQuantizer):
+        return PositionObserver(quantizer, rule, name)
     if isinstance(quantizer, SplitQuantizer):
         return SplitObserver(quantizer, rule, name)
     return Observer(quantizer, rule, name)

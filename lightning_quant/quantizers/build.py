@@ -11,6 +11,7 @@ from lightning_quant.quantizers.scheme import Scheme
 from lightning_quant.quantizers.split import SplitQuantizer
 from lightning_quant.quantizers.tangent import ArctangentQuantizer, TangentQuantizer
 from lightning_quant.quantizers.twin import TwinQuantizer, UnsignedTwinQuantizer
+from lightning_quant.quantizers.twin_log import TwinLogQuantizer
 from lightning_quant.quantizers.uniform import UniformQuantizer
 
 __all__ = ["build_quantizer"]
@@ -19,7 +20,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     quantizer.kind: quantizer
     for quantizer in (
         *(UniformQuantizer, FloatQuantizer, LogQuantizer, TangentQuantizer, ArctangentQuantizer),
-        *(TwinQuantizer, UnsignedTwinQuantizer),
+        *(TwinQuantizer, UnsignedTwinQuantizer, TwinLogQuantizer),
     )
 }
 
