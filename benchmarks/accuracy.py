@@ -34,6 +34,7 @@ import yaml
 from benchmarks.accuracy_page import figure, page
 from benchmarks.accuracy_rows import Row
 from benchmarks.accuracy_rows import rows as accuracy_rows
+from benchmarks.diffusion_rows import DiffusionRow, diffusion_rows
 from benchmarks.language_rows import LanguageRow, language_rows
 from lightning_quant import Fidelity
 
@@ -44,7 +45,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 REFERENCES, PAGE = REPOSITORY / "tests" / "references.yaml", REPOSITORY / "docs" / "results.md"
 SCRATCH = Path(tempfile.gettempdir()) / "lightning_quant_accuracy"
 
-AnyRow = Row | LanguageRow
+AnyRow = Row | LanguageRow | DiffusionRow
 Measured = dict[str, dict[str, dict[str, list[dict[str, Any]]]]]  # by model, method, bits; one entry a draw
 
 
@@ -60,12 +61,13 @@ class Stopwatch(L.Callback):
 
 def rows() -> list[AnyRow]:
     """All rows, of whatever kind."""
-    return [*accuracy_rows(), *language_rows()]
+    return [*accuracy_rows(), *language_rows(), *diffusion_rows()]
 
 
-def measure(row: AnyRow, scratch: Path = SCRATCH) -> dict[str, Any]:
+def measure(row: AnyRow, scratch: Path = SCRATCH, frechet: bool = False) -> dict[str, Any]:
     """Quantize and validate; what came of it, how long it took, and with what."""
     from benchmarks.accuracy_models import SUBJECTS
+    from benchmarks.diffusion_samples import MANY, PAIRED, Digits, judged
 
     subject: Subject = SUBJECTS[row.model]
     folder, began = scratch / row.name.replace(" ", "_"), time.perf_counter()
@@ -82,15 +84,19 @@ def measure(row: AnyRow, scratch: Path = SCRATCH) -> dict[str, Any]:
     )
     torch.manual_seed(0)
     model, data = subject.model(), subject.data(row.draw)
+    if isinstance(data, Digits):
+        data.samples = MANY if frechet else PAIRED
     _forget_peak()
     logged = trainer.validate(model, datamodule=data, verbose=False)[0]
     shutil.rmtree(folder, ignore_errors=True)  # what is left there would pass for the state of an interrupted run
+    samples = judged(trainer, model, data, scratch / "samples", frechet) if isinstance(data, Digits) else {}
     percent = 100 if subject.metric == "top1" else 1
     digits = {"top1": 2, "perplexity": 3}.get(subject.metric, 4)
     peak = {"peak_mb": _peak()} if isinstance(row, LanguageRow) else {}
     return {
         "draw": row.draw,
         subject.metric.removeprefix("fidelity/"): round(percent * logged[subject.metric], digits),
+        **samples,
         **peak,
         "seconds": None if resumed else round(time.perf_counter() - began),
         "core_seconds": None if resumed else round(clock.core_seconds),
@@ -175,6 +181,9 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show the rows and what is there, and measure nothing")
     parser.add_argument("--again", action="store_true", help="measure rows that are there too")
     parser.add_argument("--page", action="store_true", help=f"only write docs/{PAGE.name} from what is there")
+    parser.add_argument(
+        "--frechet", action="store_true", help="draw 640 samples of diffusion models, ten times as many"
+    )
     parser.add_argument("--assets", metavar="FOLDER", help="models and data; default: $LIGHTNING_QUANT_ASSETS")
     options = parser.parse_args(args)
     if options.assets:
@@ -183,6 +192,11 @@ def main(args: list[str] | None = None) -> int:
     if not chosen:
         parser.error(f"--only {options.only} matches no row: --list shows them")
     kept = [row for row in chosen if (entry := found(measured, row)) and entry["settings"] == row.settings]
+    how = {}
+    if options.frechet:
+        how = {"frechet": True}
+        chosen = [row for row in chosen if isinstance(row, DiffusionRow)]
+        kept = [row for row in kept if "frechet" in (found(measured, row) or {})]
     if options.page:
         replace(PAGE, page(measured))
     elif options.list:
@@ -191,7 +205,7 @@ def main(args: list[str] | None = None) -> int:
     else:
         todo = chosen if options.again else [row for row in chosen if row not in kept]
         print(f"{len(todo)} rows to measure, {len(chosen) - len(todo)} are there; {left(measured, todo)}", flush=True)
-        return run(todo)
+        return run(todo, **how)
     return 0
 
 
@@ -203,7 +217,7 @@ def state(entry: dict[str, Any] | None, row: AnyRow) -> str:
     return f"{figure(entry):14} {entry['seconds'] or '?':>5} s  {entry['date']}{changed}"
 
 
-def run(todo: list[AnyRow]) -> int:
+def run(todo: list[AnyRow], **how: Any) -> int:
     """Measure rows one after another; the number of those that failed."""
     warnings.filterwarnings("ignore")
     for library in ("lightning.pytorch", "transformers"):
@@ -211,7 +225,7 @@ def run(todo: list[AnyRow]) -> int:
     began, failures = time.perf_counter(), 0
     for number, row in enumerate(todo, 1):
         try:
-            entry = measure(row)
+            entry = measure(row, **how)
         except (KeyboardInterrupt, SystemExit):
             print(f"interrupted in {row.name}; the same command goes on from there", flush=True)
             return failures + 1

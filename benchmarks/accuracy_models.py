@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.diffusion_rows import NETS
+from benchmarks.diffusion_samples import Digits, sampler
 from tests.real import (
     ASSETS,
     IMAGENET_MEAN,
@@ -122,4 +125,5 @@ SUBJECTS = {
     "stories260K": Subject(stories260k, lambda draw: StoriesData(), "perplexity"),
     "SmolLM2-135M": Subject(smollm2, lambda draw: SmolData(), "perplexity"),
     "EfficientNet-Lite0": Subject(efficientnet_lite0, InceptionImages),
+    **{net: Subject(partial(sampler, net), lambda draw, net=net: Digits(net), "noise_mse") for net in NETS},
 }

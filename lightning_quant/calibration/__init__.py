@@ -25,7 +25,14 @@ from lightning_quant.calibration.recording import Call, Signature, hooked_output
 from lightning_quant.calibration.samples import first_samples, merge_batches, reordered, sample_count
 from lightning_quant.calibration.token_weights import attention_received, column_sums, token_weights
 from lightning_quant.calibration.tokens import TokenWindows
-from lightning_quant.calibration.trajectory import Moment, Trajectory, WholeTrajectories, evenly, trajectory_seeds
+from lightning_quant.calibration.trajectory import (
+    Moment,
+    Trajectory,
+    WholeTrajectories,
+    at_intervals,
+    evenly,
+    trajectory_seeds,
+)
 from lightning_quant.calibration.undisturbed import undisturbed
 
 __all__ = [
@@ -40,6 +47,7 @@ __all__ = [
     "TokenWindows",
     "Trajectory",
     "WholeTrajectories",
+    "at_intervals",
     "attention_received",
     "channel_extremes",
     "check_feedable",

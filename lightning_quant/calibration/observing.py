@@ -14,6 +14,8 @@ from lightning_quant.quantizers import (
     PositionQuantizer,
     Quantizer,
     RangeRule,
+    SplitObserver,
+    SplitQuantizer,
     StepObserver,
     StepQuantizer,
 )
@@ -65,11 +67,15 @@ def observed(quantizers: Mapping[str, Quantizer], rule: RangeRule) -> Iterator[N
             observer.freeze()
 
 
-def _observer(quantizer: Quantizer, rule: RangeRule, name: str) -> Observer | StepObserver | PositionObserver:
+def _observer(
+    quantizer: Quantizer, rule: RangeRule, name: str
+) -> Observer | StepObserver | PositionObserver | SplitObserver:
     if isinstance(quantizer, StepQuantizer):
         return StepObserver(quantizer, rule, name)
     if isinstance(quantizer, PositionQuantizer):
         return PositionObserver(quantizer, rule, name)
+    if isinstance(quantizer, SplitQuantizer):
+        return SplitObserver(quantizer, rule, name)
     return Observer(quantizer, rule, name)
 
 

@@ -93,6 +93,25 @@ def evenly(steps: int, rows: int) -> list[int]:
     return [rows * (k + 1) // steps - rows * k // steps for k in range(steps)]
 
 
+def at_intervals(chosen: int) -> Allocation:
+    """An allocation that takes the same number of rows at so many steps, at equal intervals from the first one.
+
+    Args:
+        chosen: how many steps give rows.
+
+    >>> at_intervals(2)(5, 6)
+    [3, 0, 3, 0, 0]
+    """
+
+    def allocation(steps: int, rows: int) -> list[int]:
+        counts = [0] * steps
+        for k, count in zip((i * steps // chosen for i in range(chosen)), evenly(chosen, rows), strict=True):
+            counts[k] = count
+        return counts
+
+    return allocation
+
+
 class Trajectory:
     r"""Moments of the float model's trajectories, to be given to any callback as its ``calibration_loader``.
 

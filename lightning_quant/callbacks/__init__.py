@@ -27,6 +27,7 @@ from lightning_quant.callbacks.osaq import OSAQ
 from lightning_quant.callbacks.pmq import PMQ
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.ptq4arvg import PTQ4ARVG
+from lightning_quant.callbacks.q_diffusion import QDiffusion
 from lightning_quant.callbacks.quant_report import QuantReport
 from lightning_quant.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_quant.callbacks.rectified_sparse_attention import RectifiedSparseAttention
@@ -38,6 +39,7 @@ from lightning_quant.callbacks.rsq import RSQ
 from lightning_quant.callbacks.smooth_quant import SmoothQuant
 from lightning_quant.callbacks.sparsegpt import SparseGPT
 from lightning_quant.callbacks.sparsity_induction import SparsityInduction
+from lightning_quant.callbacks.tfmq_dm import TFMQDM
 from lightning_quant.callbacks.uniform_attention import UniformAttention
 from lightning_quant.callbacks.wanda import Wanda
 
@@ -51,6 +53,7 @@ __all__ = [
     "PMQ",
     "PTQ4ARVG",
     "RSQ",
+    "TFMQDM",
     "AdaQuant",
     "CacheQuant",
     "CalibrationSensitivity",
@@ -69,6 +72,7 @@ __all__ = [
     "MixedPrecision",
     "NoisyQuant",
     "PostTrainingQuantization",
+    "QDiffusion",
     "QuantReport",
     "QuantizationAwareTraining",
     "QuantizationCallback",

@@ -269,7 +269,11 @@ class QuantizationCallback(Callback):
     ) -> None:
         """Fit the units to their float twins, on samples of their own."""
         batches = CalibrationBatches(trainer, pl_module, self.calibration_loader, settings.samples)
-        reconstruct(trainer, pl_module, settings, batches, list(plan.layers))
+        reconstruct(trainer, pl_module, settings, batches, self.reconstructed(pl_module, plan))
+
+    def reconstructed(self, pl_module: LightningModule, plan: Plan) -> list[str]:
+        """Names of the layers that reconstruction may round otherwise."""
+        return list(plan.layers)
 
     @contextmanager
     def applied(self, pl_module: LightningModule, plan: Plan) -> Iterator[None]:

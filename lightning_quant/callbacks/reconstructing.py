@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import nn
 
 from lightning_quant.modules import ReconstructionStage
+from lightning_quant.quantizers import StepQuantizer
 from lightning_quant.solvers import Reconstruction
 
 
 def reconstruct(
     trainer: Trainer,
-    pl_module: LightningModule,
+    model: nn.Module,
     settings: Reconstruction,
     batches: Iterable[Any],
     layers: Sequence[str],
@@ -24,16 +27,16 @@ def reconstruct(
 
     Args:
         trainer: the running Trainer; its loggers get the loss curves.
-        pl_module: the quantized model.
+        model: the quantized model, or a part of it.
         settings: what is learned, and how.
         batches: the calibration batches.
         layers: names of the quantized layers that take part.
         state_dir: where finished units are written.
     """
-    stage = ReconstructionStage(pl_module, settings, batches, layers, state_dir, trainer.loggers, trainer)
+    stage = ReconstructionStage(model, settings, batches, layers, state_dir, trainer.loggers, trainer)
     bar = trainer.progress_bar_callback
     shown = bar is not None and not getattr(bar, "is_disabled", False)
-    device = pl_module.device
+    device = next(model.parameters()).device
     inner = Trainer(
         accelerator=device.type,
         devices=1 if device.type == "cpu" else [device.index],  # the ranks learn together all the same
@@ -47,9 +50,20 @@ def reconstruct(
         default_root_dir=trainer.default_root_dir,
         use_distributed_sampler=False,
     )
-    inner.fit(stage)
-    pl_module.to(device)  # Lightning takes its module to the CPU when a fit ends
+    with tables_float(model):
+        inner.fit(stage)
+    model.to(device)  # Lightning takes its module to the CPU when a fit ends
     return stage
+
+
+@contextmanager
+def tables_float(model: nn.Module) -> Iterator[None]:
+    """Let quantizers with a scale for each step hand on floats: the samples of a unit do not tell their steps."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, StepQuantizer):
+                stack.enter_context(module.observed_by(lambda x: x))
+        yield
 
 
 class UnitProgress(TQDMProgressBar):

@@ -22,7 +22,7 @@ from lightning_quant.checkpoint.manifest import (
     record_of,
 )
 from lightning_quant.layers import Plan, QuantizedLayer
-from lightning_quant.quantizers import build_quantizer
+from lightning_quant.quantizers import SplitQuantizer, build_quantizer
 from lightning_quant.quantizers.packing import pack, unpack
 
 TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
@@ -116,6 +116,7 @@ def _pack_layer(model: nn.Module, name: str, layer: QuantizedLayer, state: dict[
         rows = layer.weight_rows(weight_name).detach()  # (out, ...)
         described[key] = {
             "scheme": None if quantizer is None else str(quantizer.scheme),
+            "parts": quantizer.parts if isinstance(quantizer, SplitQuantizer) else None,
             "pruned": mask is not None,
             "shape": list(rows.shape),
             "transposed": layer.transposed,
@@ -190,7 +191,7 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 def _unpacked(folder: Path, key: str, how: dict[str, Any], state: dict[str, Any]) -> Tensor:
     """The weight out of what is stored of it, output channels first: (out, ...)."""
     shape, prefix, mask = tuple(how["shape"]), f"{key}_quantizer.", f"{key}_pruning.keep"
-    quantizer = None if how["scheme"] is None else build_quantizer(how["scheme"], axis=0)
+    quantizer = None if how["scheme"] is None else build_quantizer(how["scheme"], 0, how.get("parts"))
     stored = [f"{key}.kept"] if quantizer is None else [f"{key}.codes", *(prefix + n for n in quantizer.state_names)]
     for needed in [*stored, *([mask] if how.get("pruned") else [])]:
         if needed not in state:

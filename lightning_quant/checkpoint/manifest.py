@@ -10,6 +10,7 @@ record first brings the structure in line with the file:
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from lightning_quant.kernels.layer_door import require_float_weights
 from lightning_quant.layers import Plan, structure_kept
-from lightning_quant.quantizers import build_quantizer
 from lightning_quant.quantizers.packing import unpack
 
 _ENTRY = "lightning_quant: "
@@ -133,7 +133,7 @@ def decode_weights(model: nn.Module, plan: Plan, state_dict: dict[str, Any], pre
             codes = state_dict.pop(f"{key}.codes", None)
             if codes is None:
                 continue
-            twin, rows = build_quantizer(quantizer.scheme, quantizer.axis), layer.weight_rows(weight)
+            twin, rows = copy.deepcopy(quantizer), layer.weight_rows(weight)
             state = {f"{key}_quantizer.{part}": part for part in twin.state_names}
             twin.load_state_dict({part: state_dict[long] for long, part in state.items() if long in state_dict})
             decoded = twin.decode(unpack(codes, twin.scheme.bits, tuple(rows.shape))).to(rows.dtype)

@@ -10,7 +10,8 @@ from lightning_quant.graph.patterns import attention_name, matches, matching
 from lightning_quant.graph.residual import HeadPair, Residual, residual_stream
 from lightning_quant.graph.roofline import Bits, Machine, Work, kv_bytes, machine_table, work
 from lightning_quant.graph.select import Selection, select
-from lightning_quant.graph.trace import ModelGraph, trace
+from lightning_quant.graph.temporal import Temporal, TemporalWatcher
+from lightning_quant.graph.trace import ModelGraph, trace, watch
 from lightning_quant.graph.units import units_of
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "Residual",
     "Rows",
     "Selection",
+    "Temporal",
+    "TemporalWatcher",
     "Traced",
     "Work",
     "attention_name",
@@ -42,5 +45,6 @@ __all__ = [
     "trace",
     "trace_operators",
     "units_of",
+    "watch",
     "work",
 ]

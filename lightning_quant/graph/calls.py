@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 
@@ -63,6 +63,9 @@ class Call:
 
 class Watcher:
     """Looks at a model while it runs."""
+
+    def given(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module is about to run, with these arguments."""
 
     def enter(self, name: str) -> None:
         """A module's forward begins."""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from lightning_quant.graph.calls import Call, Watcher
 from lightning_quant.graph.costs import CONVOLUTIONS
 from lightning_quant.graph.owners import Owners
 from lightning_quant.graph.residual import norm_kind
-from lightning_quant.graph.trace import _Recorder
+from lightning_quant.graph.trace import watch
 
 _ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid", "tanh", "leaky_relu", "hardswish"}
 _PAIRS = {"add", "add_", "radd", "__add__", "__iadd__", "mul", "rmul", "__mul__", "mul_"}
@@ -78,9 +77,7 @@ def trace_operators(module: nn.Module, run: Callable[[], Any], samples: int) -> 
     ([('linear', 64.0, 32), ('elementwise', 8.0, 0), ('linear', 64.0, 32)], 5)
     """
     watcher = _OperatorWatcher(module, samples)
-    recorder = _Recorder(module, (watcher,))
-    with torch.compiler.set_stance("force_eager"), recorder.watching(), recorder, torch.no_grad():
-        run()
+    watch(module, (watcher,), run)
     return watcher.result()
 
 

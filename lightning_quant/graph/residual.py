@@ -21,7 +21,7 @@ from lightning_quant.graph.calls import Call, Watcher
 from lightning_quant.graph.channels import channel_range, keeps_channels
 from lightning_quant.graph.norms import Rows
 from lightning_quant.graph.owners import Owners
-from lightning_quant.graph.trace import _Recorder
+from lightning_quant.graph.trace import watch
 from lightning_quant.layers import QuantizedLayer
 
 _SUMS = {"add", "radd", "__add__", "__radd__", "add_", "__iadd__", "iadd"}
@@ -95,10 +95,7 @@ def residual_stream(module: nn.Module, run: Callable[[], Any]) -> Residual:
     (['table', 'linear'], {'norm': ['linear'], 'last': ['head']})
     """
     watcher = _ResidualWatcher(module)
-    recorder = _Recorder(module, (watcher,))
-    with torch.compiler.set_stance("force_eager"), recorder.watching(), recorder, torch.no_grad():
-        output = run()
-    watcher.finish(output)
+    watch(module, (watcher,), run)
     return watcher.found
 
 

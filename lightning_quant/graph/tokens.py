@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.graph.calls import Call, Watcher
-from lightning_quant.graph.trace import _Recorder
+from lightning_quant.graph.trace import watch
 
 _CONVOLUTIONS: set[Callable[..., Any]] = {F.conv2d, F.conv3d}
 _JOINS: set[Callable[..., Any]] = {torch.cat, torch.concat, torch.concatenate}
@@ -58,16 +58,8 @@ def attention_tokens(module: nn.Module, run: Callable[[], Any]) -> list[Attentio
     [AttentionTokens(site='2', queries=8, keys=8, causal=False, pictures=((2, 3),), joined=())]
     """
     watcher = _TokenWatcher()
-    recorder = _Recorder(module, (watcher,))
-    # A compiled model would run without its hooks.
-    with (
-        contextlib.suppress(_SeenEnough),
-        torch.compiler.set_stance("force_eager"),
-        recorder.watching(),
-        recorder,
-        torch.no_grad(),
-    ):
-        run()
+    with contextlib.suppress(_SeenEnough):
+        watch(module, (watcher,), run)
     return watcher.calls
 
 

@@ -21,8 +21,10 @@ from lightning_quant.graph.batch_norms import BatchNormWatcher
 from lightning_quant.graph.blocks import repeated_blocks
 from lightning_quant.graph.calls import Call, Watcher
 from lightning_quant.graph.costs import Cost, CostWatcher
+from lightning_quant.graph.joins import JoinWatcher
 from lightning_quant.graph.norms import NormPair, NormWatcher
 from lightning_quant.graph.owners import Owners
+from lightning_quant.graph.temporal import Temporal, TemporalWatcher
 
 
 @dataclass
@@ -39,6 +41,8 @@ class ModelGraph:
         tied: groups of names of one shared parameter.
         blocks: names of the repeated blocks, in the order of their first call.
         batch_norms: the layer whose output a BatchNorm alone reads, by the norm's name.
+        joins: the widths of the parts, by the name of a layer that reads a concatenation with a skip connection.
+        temporal: what depends on the timestep of a denoiser alone, if there is one.
     """
 
     order: list[str] = field(default_factory=list)
@@ -50,6 +54,8 @@ class ModelGraph:
     tied: list[tuple[str, ...]] = field(default_factory=list)
     blocks: list[str] = field(default_factory=list)
     batch_norms: dict[str, str] = field(default_factory=dict)
+    joins: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    temporal: Temporal | None = None
 
 
 def trace(module: nn.Module, run: Callable[[], Any]) -> ModelGraph:
@@ -70,15 +76,9 @@ def trace(module: nn.Module, run: Callable[[], Any]) -> ModelGraph:
     """
     owners = Owners(module)
     norms, attention, costs = NormWatcher(owners), AttentionWatcher(), CostWatcher(owners)
-    batch_norms = BatchNormWatcher(owners)
-    recorder = _Recorder(module, (norms, attention, costs, batch_norms))
-    # A compiled model would run without its hooks.
-    with torch.compiler.set_stance("force_eager"), recorder.watching(), recorder, torch.no_grad():
-        output = run()
-    for watcher in recorder.watchers:
-        watcher.finish(output)
+    batch_norms, joins, temporal = BatchNormWatcher(owners), JoinWatcher(owners), TemporalWatcher(owners)
+    order = watch(module, (norms, attention, costs, batch_norms, joins, temporal), run)
     pairs, unfoldable = norms.result()
-    order = list(recorder.order)
     blocks = repeated_blocks(module, order)
     return ModelGraph(
         order,
@@ -90,7 +90,26 @@ def trace(module: nn.Module, run: Callable[[], Any]) -> ModelGraph:
         owners.tied_groups(),
         blocks,
         batch_norms.result(),
+        joins.result(),
+        temporal.result(),
     )
+
+
+def watch(module: nn.Module, watchers: Sequence[Watcher], run: Callable[[], Any]) -> list[str]:
+    """Run a model once while watchers look on; names of the modules that ran, in the order of their first call.
+
+    Args:
+        module: the module whose names are used.
+        watchers: who is told what happens.
+        run: runs the module, or something that contains it.
+    """
+    recorder = _Recorder(module, watchers)
+    # A compiled model would run without its hooks.
+    with torch.compiler.set_stance("force_eager"), recorder.watching(), recorder, torch.no_grad():
+        output = run()
+    for watcher in watchers:
+        watcher.finish(output)
+    return list(recorder.order)
 
 
 class _Recorder(TorchFunctionMode):
@@ -108,7 +127,7 @@ class _Recorder(TorchFunctionMode):
         """Hooks on every module, for as long as this lasts."""
         handles = []
         for child, name in self.names.items():
-            handles.append(child.register_forward_pre_hook(self._enter(name)))
+            handles.append(child.register_forward_pre_hook(self._enter(name), with_kwargs=True))
             handles.append(child.register_forward_hook(self._leave(name), always_call=True))
         try:
             yield
@@ -117,10 +136,11 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
     def _enter(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.stack.append(name)
             self.order.setdefault(name)
             for watcher in self.watchers:
+                watcher.given(name, module, args, kwargs)
                 watcher.enter(name)
 
         return hook

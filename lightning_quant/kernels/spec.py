@@ -23,7 +23,7 @@ class LayerSpec:
         shape: of the weight, output channels first.
         weights: format of the weight, ``None`` for float.
         inputs: format of the input, ``None`` for float.
-        plain: whether both are plain grids: no noise, no fractional zero points, no weight shared by two formats.
+        plain: whether both are plain grids: no noise, parts or fractional zero points, no weight shared by two formats.
         stepwise: whether the input's scale depends on the step of a denoising trajectory.
         conv: stride, padding, dilation, groups and padding mode of a convolution.
         capability: compute capability of its GPU; (0, 0) elsewhere.
@@ -84,7 +84,9 @@ class LayerSpec:
 
     def why_not_plain_grid(self) -> str | None:
         """What the weight or the input has beside integers and scales, or ``None``."""
-        return None if self.plain else "its grid has noise, a fractional zero point, a branch beside it or a dilation"
+        if self.plain:
+            return None
+        return "its grid has noise, parts, a fractional zero point, a branch beside it or a dilation"
 
 
 @dataclass(frozen=True)

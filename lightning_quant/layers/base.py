@@ -7,6 +7,7 @@ flag stay, only the class changes and quantizers are added as children. So an op
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
 
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 
 from lightning_quant.layers.dilation import Dilation
 from lightning_quant.layers.low_rank import LowRank
-from lightning_quant.quantizers import CrossQuantizer, Mask, NoisyQuantizer, Pattern, Quantizer, Scheme, build_quantizer
+from lightning_quant.quantizers import (
+    CrossQuantizer,
+    Mask,
+    NoisyQuantizer,
+    Pattern,
+    Quantizer,
+    Scheme,
+    build_quantizer,
+)
 
 
 class QuantizedLayer(nn.Module):
@@ -102,9 +111,9 @@ class QuantizedLayer(nn.Module):
             return ["bias_quantizer"] if self.takes_bias else []
         return [f"{name}_{'quantizer' if slot == self.WEIGHTS else 'pruning'}" for name in self.present_weights()]
 
-    def set_quantizer(self, name: str, scheme: Scheme | None, axis: int) -> None:
+    def set_quantizer(self, name: str, scheme: Scheme | None, axis: int, parts: Sequence[int] | None = None) -> None:
         """Put an uncalibrated quantizer under a name, in the place of what was there."""
-        quantizer = None if scheme is None else build_quantizer(scheme, axis)
+        quantizer = None if scheme is None else build_quantizer(scheme, axis, parts)
         self.register_module(name, quantizer)
         if quantizer is not None:
             quantizer.to(self.device).train(self.training)  # born in training mode otherwise
@@ -145,6 +154,13 @@ class QuantizedLayer(nn.Module):
         assert self.input_quantizer is not None
         crossed = CrossQuantizer(self.input_quantizer.scheme, self.input_axis, alpha)
         self.input_quantizer = crossed.to(self.device).train(self.training)
+
+    def make_split(self, parts: Sequence[int]) -> None:
+        """Let each part of a joined input have a scale of its own, and the input channels of the weight behind it."""
+        for name, axis in (("input_quantizer", self.input_axis), ("weight_quantizer", 0)):
+            quantizer = getattr(self, name)
+            if quantizer is not None:
+                self.set_quantizer(name, quantizer.scheme, axis, parts)
 
     @property
     def device(self) -> torch.device:

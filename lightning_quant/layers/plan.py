@@ -43,6 +43,7 @@ class LayerPlan:
         pruned: pattern of its pruned weights, ``None`` where none are.
         biases: format of another bias that the method finds; ``None`` where it adds the layer's own.
         low_rank: rank of the branch beside its weight, 0 where there is none.
+        split: widths of the parts that its input was joined of, where each has its own scales; empty: in one piece.
         crossed: how much of an input's step is its token's, the rest its channel's; ``None``: no such step.
         dilated: whether weights of unsaturated input channels are multiplied, and these channels divided.
     """
@@ -55,6 +56,7 @@ class LayerPlan:
     low_rank: int = 0
     crossed: float | None = None
     dilated: bool = False
+    split: list[int] = field(default_factory=list)
 
     @property
     def slots(self) -> list[str]:
@@ -174,6 +176,8 @@ class Plan:
             try:
                 formats = _scheme(layer.weights), _scheme(layer.inputs), pruned, _scheme(layer.biases)
                 twin = quantize_layer(module, *formats)
+                if layer.split:
+                    twin.make_split(layer.split)
             except ValueError as error:
                 raise ValueError(f"`{name}` cannot take what {self.method} wants to do: {error}") from None
             if layer.noisy:

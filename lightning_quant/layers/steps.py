@@ -13,7 +13,7 @@ from lightning_quant.layers.base import QuantizedLayer
 from lightning_quant.layers.denoiser import given_timesteps
 from lightning_quant.layers.routing import AttentionSite
 from lightning_quant.layers.step_correction import add_correction, drop_correction
-from lightning_quant.quantizers import Quantizer, StepQuantizer, Steps
+from lightning_quant.quantizers import Quantizer, SplitQuantizer, StepQuantizer, Steps
 
 
 @dataclass
@@ -100,6 +100,8 @@ def require_schedule(denoiser: nn.Module, timesteps: Sequence[float]) -> None:
 def takes_steps(quantizer: Quantizer) -> bool:
     """Whether there is a scale that could depend on the step: a static uniform format."""
     scheme = quantizer.scheme
+    if isinstance(quantizer, SplitQuantizer):  # its scales depend on the part already
+        return False
     return scheme.kind == "int" and not scheme.dynamic and scheme.granularity in ("tensor", "channel")
 
 

@@ -26,6 +26,7 @@ from lightning_quant.quantizers.quantiles import quantile
 from lightning_quant.quantizers.ranges import Distribution, RangeRule, search
 from lightning_quant.quantizers.scheme import Scheme
 from lightning_quant.quantizers.sparse import Mask, Pattern
+from lightning_quant.quantizers.split import SplitObserver, SplitQuantizer
 from lightning_quant.quantizers.steps import StepObserver, StepQuantizer, Steps
 from lightning_quant.quantizers.tangent import ArctangentQuantizer, TangentQuantizer, bend, unbend
 from lightning_quant.quantizers.twin import TwinQuantizer, UnsignedTwinQuantizer
@@ -52,6 +53,8 @@ __all__ = [
     "Quantizer",
     "RangeRule",
     "Scheme",
+    "SplitObserver",
+    "SplitQuantizer",
     "StepObserver",
     "StepQuantizer",
     "Steps",

@@ -269,6 +269,10 @@ class Quantizer(OwnPrecision, ABC):
             return view.movedim(self.axis, 0).flatten(1) if view.dim() > 1 else view.unsqueeze(1)
         return view.flatten(0, -2) if self.scheme.granularity == "group" else view.reshape(1, -1)
 
+    def row_state(self) -> tuple[Tensor, ...]:
+        """The state of each of the :meth:`rows`, (rows, 1)."""
+        return tuple(getattr(self, name).reshape(-1, 1) for name in self.state_names)
+
     def state_for(self, view: Tensor) -> tuple[Tensor, ...]:
         """The state in the shape that broadcasts against ``view``, found on the spot if dynamic."""
         if self.scheme.dynamic:

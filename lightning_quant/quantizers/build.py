@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning_quant.quantizers.base import Quantizer
 from lightning_quant.quantizers.floating import FloatQuantizer
 from lightning_quant.quantizers.logarithmic import LogQuantizer
 from lightning_quant.quantizers.scheme import Scheme
+from lightning_quant.quantizers.split import SplitQuantizer
 from lightning_quant.quantizers.tangent import ArctangentQuantizer, TangentQuantizer
 from lightning_quant.quantizers.twin import TwinQuantizer, UnsignedTwinQuantizer
 from lightning_quant.quantizers.twin_log import TwinLogQuantizer
@@ -22,12 +25,13 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 }
 
 
-def build_quantizer(scheme: Scheme | str, axis: int | None = None) -> Quantizer:
+def build_quantizer(scheme: Scheme | str, axis: int | None = None, parts: Sequence[int] | None = None) -> Quantizer:
     """Returns an uncalibrated quantizer for a number format.
 
     Args:
         scheme: The format, as a :class:`Scheme` or a string.
         axis: The channel axis by role: 0 for a weight, -1 or 1 for an activation.
+        parts: Widths of the parts of a concatenation that have scales of their own; see :class:`SplitQuantizer`.
 
     Raises:
         ValueError: If the string is no format or the format needs an axis that is not given.
@@ -37,4 +41,6 @@ def build_quantizer(scheme: Scheme | str, axis: int | None = None) -> Quantizer:
         UniformQuantizer(int4_asym_channel, axis=0, uncalibrated)
     """
     scheme = Scheme.parse(scheme)
+    if parts:
+        return SplitQuantizer(scheme, axis, parts)
     return QUANTIZERS[scheme.kind](scheme, axis)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_quant.layers import QuantAttention, QuantizedLayer, QuantMultiheadAttention
 from lightning_quant.metrics import SQNR
-from lightning_quant.quantizers import Histogram, Mask, NoisyQuantizer, Quantizer, levels, to_steps
+from lightning_quant.quantizers import Histogram, Mask, NoisyQuantizer, Quantizer, SplitQuantizer, levels, to_steps
 
 # Each call of a layer is judged by so many of its elements, and keeps so many to be compared later: a quarter of a
 # million tells an SQNR to a twentieth of a dB, and memory is bounded by the number of layers.
@@ -77,7 +77,8 @@ class TensorError:
         if not x.numel():
             return
         scheme = self.quantizer.scheme
-        alike = scheme.granularity == "tensor" and not scheme.dynamic and not isinstance(self.quantizer, NoisyQuantizer)
+        by_channel = isinstance(self.quantizer, (NoisyQuantizer, SplitQuantizer))
+        alike = scheme.granularity == "tensor" and not scheme.dynamic and not by_channel
         if alike:  # every element is rounded in the same way
             x = _sample(x, COUNTED)
         steps, rounded, x = (_sample(one, COUNTED) for one in (to_steps(self.quantizer, x), self.quantizer(x), x))

@@ -92,7 +92,7 @@ class SoftRounding(WeightRounding):
             gap = high - low
             rest = torch.where(gap > 0, (place - low) / gap.clamp(min=1e-9), 0.0).clamp(0, 1)
             choice = -((UPPER - LOWER) / (rest - LOWER) - 1).log()
-        self.register_buffer("scale", quantizer.scale.reshape(-1, 1))
+        self.register_buffer("scale", quantizer.row_state()[0])
         self.register_buffer("low", low - _zero_point(quantizer))  # in steps of the scale
         self.register_buffer("gap", gap)
         self.choice = nn.Parameter(choice)
@@ -115,7 +115,7 @@ class SoftRounding(WeightRounding):
         """Round up where ``V >= 0``, and see that the codes are what was computed with in the limit."""
         if not bool(self.choice.isfinite().all()):
             raise ValueError("the rounding has diverged (NaN); lower learning_rate=")
-        limit = self._as_weight((self.low + (self.choice >= 0) * self.gap) * quantizer.scale.reshape(-1, 1))
+        limit = self._as_weight((self.low + (self.choice >= 0) * self.gap) * quantizer.row_state()[0])
         quantizer.solve(quantizer.encode(limit))
         # quantizer.scale, not ours: it may have been learned too, and what counts is what the quantizer gives back
         if not torch.allclose(quantizer.rounded(limit), limit, rtol=1e-5, atol=0):
@@ -134,6 +134,7 @@ class JointRounding(SoftRounding):
 
     def __init__(self, quantizer: Quantizer, weight: Tensor) -> None:
         super().__init__(quantizer, weight)
+        _refuse_shared_rows(quantizer, "joint")
         scale = self.scale
         del self.scale
         self.scale = nn.Parameter(scale.clone())
@@ -200,6 +201,7 @@ class FreeRounding(WeightRounding):
         super().__init__(quantizer, weight)
         if not isinstance(quantizer, UniformQuantizer):
             raise ValueError(f"{quantizer!r} has no zero point to move: rounding='free' takes formats like 'int4'")
+        _refuse_shared_rows(quantizer, "free")
         self.ends = (quantizer.scheme.qmin, quantizer.scheme.qmax)
         self.quantizer = (quantizer,)  # not a child: it belongs to the layer
         self.trained = nn.Parameter(
@@ -249,5 +251,13 @@ ROUNDINGS: dict[str, type[WeightRounding]] = {
 }
 
 
+def _refuse_shared_rows(quantizer: Quantizer, rounding: str) -> None:
+    if len(quantizer.row_state()[0]) != quantizer.scale.numel():
+        raise ValueError(
+            f"{quantizer!r} has one scale for several rows of its weight, and rounding={rounding!r} would move them "
+            f"apart: take rounding='adaround', or leave the weight in one piece with split=False"
+        )
+
+
 def _zero_point(quantizer: Quantizer) -> Tensor | float:
-    return quantizer.zero_point.reshape(-1, 1) if isinstance(quantizer, UniformQuantizer) else 0.0
+    return quantizer.row_state()[1] if isinstance(quantizer, UniformQuantizer) else 0.0

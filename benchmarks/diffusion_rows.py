@@ -1,0 +1,114 @@
+"""The rows of the table of diffusion models: which callback at which bits on which denoiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import lightning as L
+
+import lightning_quant
+from lightning_quant import Reconstruction
+from lightning_quant.solvers import PRESETS
+
+BITS = ("W8A8", "W4A8", "W4A4")
+NETS = ("unet_mnist", "dit_mnist", "ddpm_mnist")
+# Sized for a person who waits: the papers take 20,000 steps a block, and learn slowly.
+STEPS = {"iterations": 200, "batch_size": 16, "samples": 256}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A callback by its name, and its arguments beside the bits; a preset of reconstruction takes few steps.
+
+    Args:
+        callback: its name in lightning_quant.
+        arguments: of the callback.
+        nets: the denoisers that it is for.
+    """
+
+    callback: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    nets: tuple[str, ...] = NETS
+
+
+_MOMENTS = {"calibration_samples": 256}  # of 32 trajectories of the float model, 8 of each
+_PLAIN = "PostTrainingQuantization"
+# A method that is to be measured is one line here; a callback that is not there yet has no rows.
+SAMPLERS: dict[str, Sampler] = {
+    "min-max": Sampler(_PLAIN, {"ranges": "minmax", **_MOMENTS}),
+    "nearest": Sampler(_PLAIN, _MOMENTS),
+    "nearest, per step": Sampler(_PLAIN, {"per_step": True, **_MOMENTS}),
+    "BRECQ": Sampler(_PLAIN, {"reconstruct": "brecq", **_MOMENTS}),
+    "Q-Diffusion": Sampler("QDiffusion", {"reconstruct": "brecq"}),
+    "TFMQ-DM": Sampler("TFMQDM", {"reconstruct": "brecq"}),
+    "EDA-DM": Sampler("EDADM"),
+    "DilateQuant": Sampler("DilateQuant"),
+    "LRQ-DiT": Sampler("LRQDiT", nets=("dit_mnist",)),
+    "PTQ4ARVG": Sampler("PTQ4ARVG", nets=("dit_mnist",)),
+}
+
+
+class DiffusionRow(NamedTuple):
+    """One figure of the table of diffusion models.
+
+    Args:
+        model: name of the denoiser.
+        method: name of the method, or ``"float"``.
+        bits: ``W4A8``; 32 bits are float.
+        draw: there is but one.
+    """
+
+    model: str
+    method: str
+    bits: str
+    draw: int = 0
+
+    @property
+    def name(self) -> str:
+        """What ``--only`` matches."""
+        return f"{self.method} {self.bits} {self.model}"
+
+    def matches(self, patterns: list[str]) -> bool:
+        """Whether the name begins as one of the patterns says; none lets all through."""
+        return not patterns or any(fnmatchcase(self.name.lower(), f"{pattern.lower()}*") for pattern in patterns)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments beside the bits."""
+        given = SAMPLERS[self.method].arguments
+        if "reconstruct" not in given:
+            return given
+        return {**given, "reconstruct": Reconstruction(**{**PRESETS[given["reconstruct"]], **STEPS})}
+
+    @property
+    def settings(self) -> str:
+        """The callback and its arguments beside the bits, as code."""
+        if self.method == "float":
+            return ""
+        own = {**PRESETS.get(SAMPLERS[self.method].arguments.get("reconstruct", ""), {}), **STEPS}
+        told = {"reconstruct": f"Reconstruction({', '.join(f'{name}={value!r}' for name, value in own.items())})"}
+        arguments = [f"{name}={told.get(name, repr(value))}" for name, value in self.arguments.items()]
+        return f"{SAMPLERS[self.method].callback}({', '.join(arguments)})"
+
+    def callbacks(self) -> list[L.Callback]:
+        """The callback; none for the float model."""
+        if self.method == "float":
+            return []
+        weights, activations = self.bits[1:].split("A")
+        make = getattr(lightning_quant, SAMPLERS[self.method].callback)
+        return [make(weights=f"int{weights}", activations=f"int{activations}", **self.arguments)]
+
+
+def diffusion_rows() -> list[DiffusionRow]:
+    """All rows; a callback that is not there yet has none."""
+    there = {name: method for name, method in SAMPLERS.items() if hasattr(lightning_quant, method.callback)}
+    found = [DiffusionRow(net, "float", "W32A32") for net in NETS]
+    return found + [
+        DiffusionRow(net, name, bits)
+        for net in NETS
+        for bits in BITS
+        for name, method in there.items()
+        if net in method.nets
+    ]
