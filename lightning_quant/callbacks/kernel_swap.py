@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -10,12 +10,10 @@ from torch import nn
 
 from lightning_quant.checkpoint import record_of
 from lightning_quant.kernels.cpu import integer_instructions
-from lightning_quant.kernels.fastest import Fastest
-from lightning_quant.kernels.layer_door import KernelLayer, give_back, run_on
-from lightning_quant.kernels.registry import FALLBACK, Choice, choose
 from lightning_quant.kernels.spec import LayerSpec
-from lightning_quant.kernels.table import KernelRow, KernelTable
-from lightning_quant.layers import AttentionSite, QuantizedLayer
+from lightning_quant.kernels.swapped import SwappedKernels, attentions_of
+from lightning_quant.kernels.table import KernelTable
+from lightning_quant.layers import QuantizedLayer
 
 Backend = Literal["auto", "torch"]
 BACKENDS = ("auto", "torch")
@@ -68,7 +66,7 @@ class KernelSwap(Callback):
         self.compile = compile
         self.strict = strict
         self.table: KernelTable | None = None
-        self._layers: dict[str, KernelLayer] = {}
+        self._swapped: SwappedKernels | None = None
         self._compiled: list[nn.Module] = []
 
     # ---------------------------------------------------------------- hooks, in the order in which Lightning calls them
@@ -99,25 +97,19 @@ class KernelSwap(Callback):
 
     def swap(self, model: nn.Module) -> KernelTable:
         """Let kernels answer for the layers of a calibrated model, and tell which; nothing changes if this fails."""
-        layers = _calibrated_layers(model)
-        waiting = {name: layer for name, layer in layers.items() if not isinstance(layer, KernelLayer)}
-        choices = {name: choose(LayerSpec.of(layer)) for name, layer in layers.items()}
-        without = {name: choice.why_not for name, choice in choices.items() if choice.why_not}
-        if self.strict and without:
-            named = "; ".join(f"`{name}`: {why}" for name, why in list(without.items())[:5])
+        layers, attentions = _calibrated_layers(model), {} if self.compile else attentions_of(model)
+        places = {name: (layer, LayerSpec.of(layer)) for name, layer in layers.items()}
+        measure = self.backend == "auto" and not self.keep and not self.compile
+        swapped = SwappedKernels({**places, **attentions}, measure, self.keep)
+        if self.strict and swapped.without:
+            named = "; ".join(f"`{name}`: {why}" for name, why in list(swapped.without.items())[:5])
             raise ValueError(
-                f"strict=True, and {len(without)} of {len(layers)} quantized layers have no low-bit kernel: {named}. "
-                f"Leave them float with skip=, choose another format with overrides=, or set strict=False"
+                f"strict=True, and {len(swapped.without)} of {len(swapped.places)} quantized layers have no low-bit "
+                f"kernel: {named}. Leave them float with skip= or attention=False, choose another format with "
+                f"overrides=, or set strict=False"
             )
-        try:
-            for name, layer in waiting.items():
-                self._swap_one(name, layer, choices[name])
-        except BaseException:
-            self.give_back()
-            raise
-        attention = [name for name, module in model.named_modules() if isinstance(module, AttentionSite)]
-        rows = [_row(name, cast(KernelLayer, layer), choices[name]) for name, layer in layers.items()]
-        self.table = KernelTable([*rows, *map(_attention_row, attention)], integer_instructions())
+        self.table = KernelTable(swapped.swap(), integer_instructions())
+        self._swapped = swapped
         if self.compile:
             self._compiled = [child for child in model.children() if any(m in layers.values() for m in child.modules())]
             for child in self._compiled:
@@ -126,37 +118,18 @@ class KernelSwap(Callback):
 
     def settle(self) -> bool:
         """Take the kernels that were faster in the first call for good; whether any were measured since."""
-        measured = {
-            name: layer.kernel
-            for name, layer in self._layers.items()
-            if isinstance(layer.kernel, Fastest) and layer.kernel.seconds
-        }
-        slower = {}
-        for name, pair in measured.items():
-            self._layers[name].__dict__["kernel"] = pair.chosen
-            if not pair.chosen.low_bit:
-                why = f"{pair.first.name} took {pair.seconds[0] / pair.seconds[1]:.2f}x as long in the first batch"
-                slower[name] = pair.chosen.name, why
+        slower = None if self._swapped is None else self._swapped.settle()
         if slower and self.table is not None:
             self.table = self.table.with_others(slower)
-        return bool(measured)
+        return slower is not None
 
     def give_back(self) -> None:
         """Let the layers simulate again, unless ``keep``."""
         while self._compiled and not self.keep:
             self._compiled.pop()._compiled_call_impl = None
-        while self._layers:
-            give_back(self._layers.popitem()[1])
-
-    # ---------------------------------------------------------------- private
-
-    def _swap_one(self, name: str, layer: QuantizedLayer, choice: Choice) -> None:
-        kernel = choice.kernel.of(layer, packed=self.keep)
-        if self.backend == "auto" and kernel.low_bit and not self.keep and not self.compile:
-            kernel = Fastest(kernel, FALLBACK.of(layer))
-        run_on(layer, kernel, self.keep)
-        if not self.keep:
-            self._layers[name] = cast(KernelLayer, layer)
+        if self._swapped is not None:
+            self._swapped.give_back()
+            self._swapped = None
 
 
 def _calibrated_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -175,12 +148,3 @@ def _calibrated_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
         for name in plan.lacking(model):
             raise RuntimeError(f"KernelSwap found `{name}` without a scale: {how}")
     return layers
-
-
-def _row(name: str, layer: KernelLayer, choice: Choice) -> KernelRow:
-    kernel = layer.kernel.first if isinstance(layer.kernel, Fastest) else layer.kernel
-    return KernelRow(name, kernel.name, LayerSpec.of(layer).formats, choice.why_not or "")
-
-
-def _attention_row(name: str) -> KernelRow:
-    return KernelRow(name, "float", "attention", "its operands are rounded and multiplied as floats")

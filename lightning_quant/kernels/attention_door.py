@@ -1,8 +1,10 @@
-"""The door through which another attention comes into a float model while it predicts.
+"""The doors through which another attention comes into a model while it predicts.
 
-Like a quantized attention site (:class:`~lightning_quant.layers.AttentionSite`), a module that attends gets a subclass
-of its own class whose ``forward`` routes the calls of ``scaled_dot_product_attention``; here they go to a function
-that was handed in. Copies and pickles of the module are copies of the original.
+A quantized attention gets a subclass of its own class whose ``forward`` is a kernel's; its copies and pickles are
+simulated ones unless the kernel is kept. In a float model, like a quantized attention site
+(:class:`~lightning_quant.layers.AttentionSite`), a module that attends gets a subclass of its own class whose
+``forward`` routes the calls of ``scaled_dot_product_attention``; here they go to a function that was handed in. Copies
+and pickles of the module are copies of the original.
 """
 
 from __future__ import annotations
@@ -15,10 +17,58 @@ from typing import Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.layers import AttentionSite, QuantMultiheadAttention
+from lightning_quant.kernels.kernel import Kernel
+from lightning_quant.layers import AttentionSite, QuantAttention, QuantMultiheadAttention
+from lightning_quant.layers.integers import is_watched
 from lightning_quant.layers.routing import Route
 
 AttentionFunction = Callable[..., Tensor]
+
+
+class KernelAttention(QuantAttention):
+    """A quantized attention that a kernel answers for."""
+
+    kernel: Kernel
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the kernel, unless somebody watches how operands are rounded."""
+        if any(is_watched(quantizer) for quantizer in self.activation_quantizers().values()):
+            return self.simulate(*args, **kwargs)
+        return cast(Tensor, self.kernel.run(self, *args, **kwargs))
+
+    def simulate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the attention as it simulates it."""
+        return super().forward(*args, **kwargs)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the kernel stays when predict ends."""
+        return "kernel" in self._modules
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle as the simulated attention, unless the kernel is kept."""
+        make, args, state, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        if not self.kept:
+            state = {name: value for name, value in state.items() if name != "kernel"}
+            if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+                make, args = _new, (QuantAttention,)
+        return (make, args, state, *rest)
+
+
+def attend_on(attention: QuantAttention, kernel: Kernel, keep: bool = False) -> None:
+    """Let a kernel answer for a quantized attention."""
+    attention.__class__ = KernelAttention
+    if keep:
+        attention.add_module("kernel", kernel)
+    else:
+        attention.__dict__["kernel"] = kernel  # no child of the attention: its state dict stays as it is
+
+
+def simulate_attention(attention: nn.Module) -> None:
+    """Let an attention simulate again; one whose kernel is kept stays as it is."""
+    if isinstance(attention, KernelAttention) and not attention.kept:
+        del attention.__dict__["kernel"]
+        attention.__class__ = QuantAttention  # type: ignore[assignment]
 
 
 class RoutedAttention(nn.Module):

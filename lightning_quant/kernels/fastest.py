@@ -1,4 +1,4 @@
-"""The faster of two kernels, as measured on what the layer is really given."""
+"""The faster of two kernels, as measured on some of what the layer is really given."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant.kernels.kernel import Kernel
-from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.spec import AnySpec
 from lightning_quant.layers import QuantizedLayer
 
 ROUNDS = 3  # the first one warms up
+ENOUGH = 2**17  # elements of the input
 
 
 class Fastest(Kernel):
@@ -39,19 +40,21 @@ class Fastest(Kernel):
         return self.second if self.seconds and self.seconds[1] < self.seconds[0] else self.first
 
     @classmethod
-    def why_not(cls, spec: LayerSpec) -> str | None:
+    def why_not(cls, spec: AnySpec) -> str | None:
         """Is made of kernels, not chosen by a spec."""
         return "it is made of two kernels"
 
     @classmethod
-    def of(cls, layer: QuantizedLayer, packed: bool = False) -> Kernel:
+    def of(cls, layer: Any, packed: bool = False) -> Kernel:
         """Is made of kernels, not of a layer."""
         raise TypeError("Fastest is made of two kernels")
 
-    def run(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Any:
+    def run(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         """Answer the layer's ``forward``; the first call also measures."""
         if not self.seconds and any(isinstance(x, Tensor) and x.numel() for x in (*args, *kwargs.values())):
-            self._measure(layer, *args, **kwargs)
+            self._measure(
+                layer, *(_few(layer, x) for x in args), **{name: _few(layer, x) for name, x in kwargs.items()}
+            )
         return self.chosen.run(layer, *args, **kwargs)
 
     def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
@@ -62,7 +65,7 @@ class Fastest(Kernel):
         """A weight on its grid, as the layer stores it."""
         return self.second.weight(layer, name)
 
-    def _measure(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> None:
+    def _measure(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         seconds = [torch.inf, torch.inf]
         for _ in range(ROUNDS):
             for place, kernel in enumerate((self.first, self.second)):
@@ -70,3 +73,11 @@ class Fastest(Kernel):
                 kernel.run(layer, *args, **kwargs)
                 seconds[place] = min(seconds[place], time.perf_counter() - began)
         self.seconds = tuple(seconds)
+
+
+def _few(layer: nn.Module, x: Any) -> Any:
+    """The first samples of an input, if there are more than it takes to tell which kernel is faster."""
+    dims = layer.weight.dim() if isinstance(layer, nn.modules.conv._ConvNd) else 2
+    if not isinstance(x, Tensor) or x.dim() < dims or x.numel() <= ENOUGH:
+        return x
+    return x[: max(1, len(x) * ENOUGH // x.numel())]

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from lightning_quant.kernels.int8_linear import FLOATS, codes_of, output_dtype
+from lightning_quant.kernels.codes import Grid
+from lightning_quant.kernels.int8_linear import FLOATS, output_dtype
 from lightning_quant.kernels.int8_product import may_saturate
 from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import LayerSpec
@@ -33,9 +34,9 @@ class Int8Conv(Kernel):
         self.lowest_weight = weights.scheme.qmin
         codes = (weights.encode(layer.weight.detach()) + self.lowest_weight).to(torch.int8)
         self.place = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]
-        self.zero_point = int(inputs.zero_point) - inputs.scheme.qmin
+        self.grid = Grid.of(inputs)
         scale = (weights.scale * inputs.scale).expand(len(codes)).contiguous()
-        packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, self.zero_point, *self.place, None)
+        packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, self.grid.zero_point, *self.place, None)
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         bias = layer.full_bias()
@@ -73,12 +74,10 @@ class Int8Conv(Kernel):
         """Compute the layer: (B, C, H, W) or (C, H, W)."""
         x = cast(Tensor, args[0] if args else next(iter(kwargs.values())))
         images = x if x.dim() == 4 else x.unsqueeze(0)
-        codes = codes_of(images, cast(UniformQuantizer, layer.input_quantizer)).contiguous(
-            memory_format=torch.channels_last
-        )
+        codes = self.grid.unsigned(images.contiguous(memory_format=torch.channels_last))
         zeros = torch.zeros(len(self.scale), dtype=torch.int64)
         out: Tensor = torch.ops.onednn.qconv_pointwise(
-            codes, 1.0, self.zero_point, self.packed, self.scale, zeros, self.bias, *self.place,
+            codes, 1.0, self.grid.zero_point, self.packed, self.scale, zeros, self.bias, *self.place,
             1.0, 0, output_dtype(x), "none", [], "",
         )  # fmt: skip
         return out if x.dim() == 4 else out.squeeze(0)

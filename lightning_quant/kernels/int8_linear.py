@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from lightning_quant.kernels.codes import Grid, to_uint8
 from lightning_quant.kernels.int8_product import Int8Product
 from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import LayerSpec
@@ -51,8 +52,10 @@ class Int8Linear(Kernel):
             self.register_buffer("totals", totals * weights.scale, persistent=False)
             self.register_buffer("bias", bias, persistent=False)
         else:
-            scale, zero_point = weights.scale * inputs.scale, int(inputs.zero_point) - scheme.qmin
-            self.product = Int8Product(codes, scale, bias, zero_point, offset, scheme.bits, weights.scheme.bits)
+            self.grid, scale = Grid.of(inputs), weights.scale * inputs.scale
+            self.product = Int8Product(
+                codes, scale, bias, self.grid.zero_point, offset, scheme.bits, weights.scheme.bits
+            )
 
     @classmethod
     def why_not(cls, spec: LayerSpec) -> str | None:
@@ -90,10 +93,10 @@ class Int8Linear(Kernel):
         """(..., in) -> (..., out)."""
         scheme = inputs.scheme
         if not scheme.dynamic:
-            return cast(Tensor, self.product(codes_of(x, inputs), output_dtype(x)))
+            return cast(Tensor, self.product(self.grid.unsigned(x), output_dtype(x)))
         scale, zero_point = inputs.state_for(x.float())
         steps = torch.mul(x.float(), scale.reciprocal()).round_().add_(zero_point - scheme.qmin)
-        out = cast(Tensor, self.product(steps.clamp_(0, scheme.qmax - scheme.qmin).to(torch.uint8)))
+        out = cast(Tensor, self.product(to_uint8(steps.clamp_(0, scheme.qmax - scheme.qmin))))
         if not scheme.symmetric:
             out -= zero_point * self.totals
         out *= scale
@@ -119,14 +122,6 @@ def signed_codes(quantizer: UniformQuantizer, rows: Tensor) -> tuple[Tensor, Ten
     codes = quantizer.encode(rows.detach()) - half
     offset = quantizer.zero_point - quantizer.scheme.qmin - half
     return codes, offset.expand(len(codes)).to(torch.int32)
-
-
-def codes_of(x: Tensor, quantizer: UniformQuantizer) -> Tensor:
-    """The codes of a tensor under a static scale, as ``quantizer.encode`` gives them, as bytes."""
-    lowest, highest = quantizer.scheme.qmin, quantizer.scheme.qmax
-    zero_point = int(quantizer.zero_point)
-    steps = torch.mul(x.float(), quantizer.scale.reciprocal()).round_().add_(zero_point - lowest)
-    return steps.clamp_(0, highest - lowest).to(torch.uint8)
 
 
 def output_dtype(x: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What every kernel of a layer shares."""
+"""What every kernel shares."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.spec import AnySpec
 from lightning_quant.layers import QuantizedLayer
 
 
 class Kernel(nn.Module, ABC):
-    """Computes what one quantized layer simulates.
+    """Computes what one quantized layer, or one quantized attention, simulates.
 
     A kernel is made from a calibrated layer and holds the weights in its own form, so that the float ones may go away;
     input quantizers stay with the layer. Several threads may run it at a time.
@@ -30,27 +30,27 @@ class Kernel(nn.Module, ABC):
     low_bit: ClassVar[bool] = True
 
     @classmethod
-    def considers(cls, spec: LayerSpec) -> bool:
+    def considers(cls, spec: AnySpec) -> bool:
         """Whether a layer is of its kind and on its device, so that it should say why it does not take it."""
         return spec.kind in cls.kinds and spec.device == cls.device
 
     @classmethod
     @abstractmethod
-    def why_not(cls, spec: LayerSpec) -> str | None:
+    def why_not(cls, spec: Any) -> str | None:
         """Why this kernel does not take a layer that it considers, or ``None`` if it does."""
 
     @classmethod
     @abstractmethod
-    def of(cls, layer: QuantizedLayer, packed: bool = False) -> Kernel:
+    def of(cls, layer: Any, packed: bool = False) -> Kernel:
         """The kernel of a calibrated layer; ``packed`` where the float weights are dropped and memory counts."""
 
     @abstractmethod
-    def run(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Any:
+    def run(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         """Answer the layer's ``forward``."""
 
-    @abstractmethod
     def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
         """The codes of a weight, as its quantizer encodes it: (out, ...) int32."""
+        raise TypeError(f"the kernel {self.name} holds no weights")
 
     def weight(self, layer: QuantizedLayer, name: str) -> Tensor:
         """A weight on its grid, as the layer stores it."""

@@ -1,4 +1,4 @@
-"""Which kernel answers for which layer.
+"""Which kernel answers for which layer, and for which attention.
 
 To add a kernel: write its file, and add its line to ``KERNELS``.
 """
@@ -8,34 +8,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_quant.kernels.decoded import DecodedWeights
+from lightning_quant.kernels.int8_attention import Int8Attention
 from lightning_quant.kernels.int8_conv import Int8Conv
 from lightning_quant.kernels.int8_linear import Int8Linear
 from lightning_quant.kernels.kernel import Kernel
-from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.spec import AnySpec
 from lightning_quant.kernels.weight_only import Int4Weights, Int8Weights
 
 # The first one that takes a layer answers for it.
-KERNELS: tuple[type[Kernel], ...] = (Int8Linear, Int8Conv, Int4Weights, Int8Weights)
+KERNELS: tuple[type[Kernel], ...] = (Int8Linear, Int8Conv, Int4Weights, Int8Weights, Int8Attention)
 FALLBACK = DecodedWeights
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel for one layer.
+    """The kernel for one layer or attention.
 
     Args:
         kernel: its class.
-        why_not: why no low-bit kernel took the layer; ``None`` if one did.
+        why_not: why no low-bit kernel took it; ``None`` if one did.
     """
 
     kernel: type[Kernel]
     why_not: str | None
 
 
-def choose(spec: LayerSpec) -> Choice:
-    """The first kernel that takes a layer.
+def choose(spec: AnySpec) -> Choice:
+    """The first kernel that takes a layer or an attention.
 
     >>> import torch
+    >>> from lightning_quant.kernels.spec import LayerSpec
     >>> from lightning_quant.quantizers import Scheme
     >>> int8 = Scheme.parse("int8_sym_channel"), Scheme.parse("int8_asym_tensor")
     >>> choose(LayerSpec("Linear", "cpu", torch.float32, (32, 64), *int8)).kernel.name

@@ -1,14 +1,14 @@
-"""What a kernel is asked for: the formats, the shape and the place of one quantized layer."""
+"""What a kernel is asked for: the formats, the shape and the place of one quantized layer, or of one attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from lightning_quant.layers import QuantizedLayer
+from lightning_quant.layers import QuantAttention, QuantizedLayer
 from lightning_quant.quantizers import LearnedQuantizer, Quantizer, Scheme, StepQuantizer, UniformQuantizer
 
 
@@ -72,7 +72,7 @@ class LayerSpec:
         for what, scheme in (("weights", self.weights), ("inputs", self.inputs)):
             if scheme is None:
                 return f"its {what} are float"
-            if scheme.kind != "int" or scheme.bits > 8:
+            if not _has_bytes(scheme):
                 return f"its {what} are {scheme}"
         if self.stepwise:
             return "the scale of its input depends on the step of the trajectory"
@@ -81,6 +81,65 @@ class LayerSpec:
     def why_not_plain_grid(self) -> str | None:
         """What the weight or the input has beside integers and scales, or ``None``."""
         return None if self.plain else "its grid has noise, a fractional zero point or a branch beside it"
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """A quantized attention as a kernel sees it.
+
+    Args:
+        kind: whether it is one fused call, or spelled out.
+        device: type of its device.
+        operands: formats by name; ``None`` for float.
+        plain: names of the operands on plain grids.
+    """
+
+    FUSED: ClassVar[str] = "attention"
+    SPELLED: ClassVar[str] = "attention that is spelled out as matmul and softmax"
+
+    kind: str
+    device: str
+    operands: dict[str, Scheme | None]
+    plain: frozenset[str]
+
+    @classmethod
+    def of(cls, attention: QuantAttention, spelled: bool = False) -> AttentionSpec:
+        """The spec of a calibrated attention."""
+        quantizers = {name: getattr(attention, f"{name}_quantizer") for name in attention.OPERANDS}
+        known = {name: quantizer for name, quantizer in quantizers.items() if quantizer is not None}
+        device = next((quantizer.scale.device.type for quantizer in known.values()), "cpu")
+        return cls(
+            cls.SPELLED if spelled else cls.FUSED,
+            device,
+            {name: None if quantizer is None else quantizer.scheme for name, quantizer in quantizers.items()},
+            frozenset(
+                name for name, found in known.items() if isinstance(found, UniformQuantizer) and _is_plain(found)
+            ),
+        )
+
+    @property
+    def formats(self) -> str:
+        """The formats in words: ``"query int8_asym_tensor, key ..."``, or one if they are the same."""
+        said = {name: str(scheme or "float") for name, scheme in self.operands.items()}
+        if len(set(said.values())) == 1:
+            return f"q, k, p, v {said['query']}"
+        return ", ".join(f"{name[0]} {scheme}" for name, scheme in said.items())
+
+    def why_not_integers(self, operand: str) -> str | None:
+        """Why an operand is not of at most 8 bits with one scale that is known before, or ``None`` if it is."""
+        scheme = self.operands[operand]
+        if scheme is None:
+            return f"its {operand} is float"
+        if not _has_bytes(scheme) or scheme.granularity != "tensor" or scheme.dynamic:
+            return f"its {operand} is {scheme}, not of at most 8 bits with one scale that is known before"
+        return None if operand in self.plain else f"the grid of its {operand} is not a plain one"
+
+
+AnySpec = LayerSpec | AttentionSpec
+
+
+def _has_bytes(scheme: Scheme) -> bool:
+    return scheme.kind == "int" and scheme.bits <= 8
 
 
 def _is_plain(quantizer: Quantizer) -> bool:

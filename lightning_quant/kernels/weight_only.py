@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_quant.kernels.int8_linear import MATRICES, signed_codes
 from lightning_quant.kernels.kernel import Kernel
-from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.spec import AnySpec, LayerSpec
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import UniformQuantizer
 
@@ -36,10 +36,11 @@ class WeightOnly(Kernel):
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     @classmethod
-    def considers(cls, spec: LayerSpec) -> bool:
+    def considers(cls, spec: AnySpec) -> bool:
         """Is for weights of so many bits beside inputs that are not quantized."""
         return (
             super().considers(spec)
+            and isinstance(spec, LayerSpec)
             and spec.inputs is None
             and spec.weights is not None
             and spec.weights.bits in cls.bits
