@@ -55,6 +55,7 @@ def absorb_outliers(
     mu1: float = 1.0,
     mu2: float = 1e-3,
     mu3: float = 100.0,
+    damp: float = 0.01,
     group: int | None = None,
     tolerance: float = 1e-4,
     steps: int = 200,
@@ -66,9 +67,8 @@ def absorb_outliers(
         + \frac{1}{2 N} \sum_k \Big( \mu_1 + \mu_3 \frac{\lambda_k}{\tilde\lambda} \Big) b_k^2
         + \tfrac{\mu_2}{2} ( \sum_j b^\top n_j )^2, \qquad s = \text{softmax}(|w| / (\tau \max |w|))
 
-    where :math:`n_j` is the j-th column of the directions, :math:`\lambda_k` their eigenvalues and
-    :math:`\tilde\lambda` the geometric mean of all eigenvalues, each raised by a hundredth of their mean. All rows are
-    solved together by conjugate gradients.
+    where :math:`n_j` is the j-th column of the directions, :math:`\lambda_k` their damped eigenvalues and
+    :math:`\tilde\lambda` the geometric mean of all of these. All rows are solved together by conjugate gradients.
 
     Args:
         weight: (out, in); its dtype is that of the equations, for which float32 does.
@@ -78,6 +78,7 @@ def absorb_outliers(
         mu1: keeps the addition small; in parts of 1 / in, which is the size of what it stands beside.
         mu2: keeps the row's sum where it is.
         mu3: keeps small what the output feels of the addition.
+        damp: added to each eigenvalue, in parts of their mean: other inputs than those seen vary in all directions.
         group: columns that have scales of their own, and so outliers of their own; ``None``: the whole row.
         tolerance: the residual at which to stop, relative to the start.
         steps: at most so many.
@@ -90,8 +91,8 @@ def absorb_outliers(
     """
     curvature, vectors = _spectrum(hessian)
     basis = vectors[: _within(curvature, gamma)].to(weight)
-    typical = (curvature + 0.01 * curvature.mean()).clamp(min=TINY).log().mean().exp()
-    shrink = (mu1 + mu3 * (curvature[: len(basis)] / typical).to(weight)) / weight.shape[1]
+    felt = (curvature + damp * curvature.mean()).clamp(min=TINY)
+    shrink = (mu1 + mu3 * (felt / felt.log().mean().exp())[: len(basis)].to(weight)) / weight.shape[1]
     size = (shrink + 1 / weight.shape[1]).rsqrt()  # coefficients of one size need few steps
     scaled, shrink = basis * size[:, None], shrink * size.square()
     importance, total = _importance(weight, tau, group), scaled.sum(1)

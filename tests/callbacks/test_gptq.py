@@ -209,7 +209,7 @@ class Convolutional(L.LightningModule):
 def test_convolutions_are_solved_group_by_group(weights):
     images = torch.randn(32, 6, 8, 8, generator=torch.Generator().manual_seed(2))
     images = images + images.roll(1, 3) + images.mean(1, keepdim=True)
-    loader, callback = DataLoader(images, batch_size=8), GPTQ(weights, calibration_samples=32)
+    loader, callback = DataLoader(images, batch_size=8), GPTQ(weights, ranges="minmax", calibration_samples=32)
     model, start = Convolutional(), Convolutional()
     L.Trainer(callbacks=[callback], **QUIET).validate(model, loader, verbose=False)
     plain = PostTrainingQuantization(weights.replace("int3", "int3_asym"), None, ranges="minmax")

@@ -23,8 +23,8 @@ def layer(rank=IN, decay=6.0, tokens=400, seed=0):
 def regularizers(basis, hessian):
     """As a matrix: small additions, sums of rows that stay, and little that the output feels."""
     values, total = torch.linalg.eigvalsh(hessian), basis.sum(1)
-    typical = (values + 0.01 * values.mean()).log().mean().exp()
-    felt = (basis @ hessian @ basis.T).diagonal() / typical
+    damp = 0.01 * values.mean()
+    felt = ((basis @ hessian @ basis.T).diagonal() + damp) / (values + damp).log().mean().exp()
     return torch.diag(1 + 100 * felt) / IN + 1e-3 * total[:, None] * total
 
 
