@@ -10,13 +10,15 @@ from torch import nn
 
 from lightning_quant.checkpoint import record_of
 from lightning_quant.kernels.cpu import integer_instructions
+from lightning_quant.kernels.cuda.needs import gpu_in_words, why_not_on
+from lightning_quant.kernels.memory import give_freed_memory_back, keep_freed_memory
 from lightning_quant.kernels.spec import LayerSpec
 from lightning_quant.kernels.swapped import SwappedKernels, attentions_of
 from lightning_quant.kernels.table import KernelTable
 from lightning_quant.layers import QuantizedLayer
 
-Backend = Literal["auto", "torch"]
-BACKENDS = ("auto", "torch")
+Backend = Literal["auto", "torch", "triton"]
+BACKENDS = ("auto", "torch", "triton")
 
 
 class KernelSwap(Callback):
@@ -34,9 +36,10 @@ class KernelSwap(Callback):
     kernels stay and the float weights are dropped: what is saved then holds packed integers.
 
     Args:
-        backend: ``"torch"`` takes the low-bit kernel of every layer that has one; ``"auto"`` measures it in the first
-            batch against the float product, and keeps the faster one; with ``keep`` or ``compile`` it measures nothing,
-            and is the same as ``"torch"``.
+        backend: ``"torch"`` takes the low-bit kernels that torch brings along: those of CPUs, and of fp8 on GPUs;
+            ``"triton"`` takes those of GPUs: integers by Triton, fp8 by torch; ``"auto"`` takes any, measures it in the
+            first batch against the float product, and keeps the faster one; with ``keep`` or ``compile`` it measures
+            nothing.
         keep: keep the kernels and drop the float weights. There is no way back.
         compile: compile the swapped network with ``torch.compile`` while it predicts.
         strict: refuse a model in which a quantized layer has no low-bit kernel.
@@ -46,7 +49,8 @@ class KernelSwap(Callback):
 
     Raises:
         RuntimeError: if the model has no calibrated quantized layer.
-        ValueError: with ``strict``, naming the layers without a low-bit kernel.
+        ValueError: with ``strict``, naming the layers without a low-bit kernel; with ``backend="triton"``, if the model
+            is not on a GPU, or Triton is not installed.
 
     >>> from lightning_quant import PostTrainingQuantization
     >>> ptq, swap = PostTrainingQuantization(), KernelSwap()
@@ -98,9 +102,12 @@ class KernelSwap(Callback):
     def swap(self, model: nn.Module) -> KernelTable:
         """Let kernels answer for the layers of a calibrated model, and tell which; nothing changes if this fails."""
         layers, attentions = _calibrated_layers(model), {} if self.compile else attentions_of(model)
+        on = {layer.device.type for layer in layers.values()}
+        if self.backend == "triton" and (reason := why_not_on(on)):
+            raise ValueError(f'backend="triton" cannot serve: {reason}')
         places = {name: (layer, LayerSpec.of(layer)) for name, layer in layers.items()}
         measure = self.backend == "auto" and not self.keep and not self.compile
-        swapped = SwappedKernels({**places, **attentions}, measure, self.keep)
+        swapped = SwappedKernels({**places, **attentions}, measure, self.keep, self.backend)
         if self.strict and swapped.without:
             named = "; ".join(f"`{name}`: {why}" for name, why in list(swapped.without.items())[:5])
             raise ValueError(
@@ -108,7 +115,8 @@ class KernelSwap(Callback):
                 f"kernel: {named}. Leave them float with skip= or attention=False, choose another format with "
                 f"overrides=, or set strict=False"
             )
-        self.table = KernelTable(swapped.swap(), integer_instructions())
+        self.table = KernelTable(swapped.swap(), gpu_in_words() if on == {"cuda"} else integer_instructions())
+        keep_freed_memory()
         self._swapped = swapped
         if self.compile:
             self._compiled = [child for child in model.children() if any(m in layers.values() for m in child.modules())]
@@ -130,6 +138,7 @@ class KernelSwap(Callback):
         if self._swapped is not None:
             self._swapped.give_back()
             self._swapped = None
+            give_freed_memory_back()
 
 
 def _calibrated_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -72,7 +72,7 @@ class Grid(NamedTuple):
     def _bytes(self, x: Tensor, offset: int) -> Tensor:
         """int8 tensors are made, as torch converts to uint8 several times slower, and large ones piece by piece."""
         x = x.detach()
-        if x.numel() < 2 * PIECE or not x.is_contiguous():
+        if torch.compiler.is_compiling() or x.numel() < 2 * PIECE or not x.is_contiguous():
             return self._round_(torch.mul(x.float(), self.inverse), offset).to(torch.int8)
         out, work = torch.empty(x.shape, dtype=torch.int8), torch.empty(PIECE)
         for piece, codes in zip(x.view(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Literal
 
 from torch import Tensor
 
+from lightning_quant.kernels.cuda.needs import why_no_triton
 from lightning_quant.kernels.sparse_attention.lists import BlockLists
 from lightning_quant.kernels.sparse_attention.rectification import Rectification
 
@@ -25,8 +25,8 @@ def why_not(backend: Backend, query: Tensor) -> str | None:
         return None
     if not query.is_cuda:
         return f"the tensors are on {query.device.type}, and backend={backend!r} needs a CUDA device"
-    if backend == "triton" and find_spec("triton") is None:
-        return "triton is not installed: pip install lightning-quant[triton]"
+    if backend == "triton" and (reason := why_no_triton()):
+        return reason
     if backend == "triton" and query.element_size() != 2:
         return f"the Triton kernel takes bfloat16 and float16, found {query.dtype}"
     return None
