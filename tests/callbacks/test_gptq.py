@@ -274,9 +274,9 @@ def test_an_input_that_is_always_zero_gets_no_weight_and_tokens_that_calibration
     callback.calibration_loader = DataLoader(met, batch_size=8)
     L.Trainer(callbacks=[callback], **QUIET).validate(model, callback.calibration_loader, verbose=False)
     attention = model.net.model.layers[0].self_attn
-    for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
-        assert not layer.quantized()[:, 3].any() and layer.quantized()[:, 2].any()
     with torch.no_grad():
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+            assert not layer.quantized()[:, 3].any() and layer.quantized()[:, 2].any()
         found = model(torch.arange(9, 17)[None])
         with as_float(model):
             exact = model(torch.arange(9, 17)[None])
