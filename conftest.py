@@ -24,6 +24,7 @@ _WITH_TRITON = (
     "cuda/int8_triton.py",
     "cuda/tiles.py",
     "sparse_attention/block_sparse_triton.py",
+    "sparse_attention/pooling_triton.py",
 )
 collect_ignore = [] if find_spec("triton") else [f"lightning_quant/kernels/{name}" for name in _WITH_TRITON]
 
