@@ -11,10 +11,10 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test evidence accuracy bench docs lint format clean
+.PHONY: help setup demo test evidence accuracy bench bench-solver docs lint format clean
 
 help:  ## show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 21
 
 setup: .venv/ready  ## make .venv with everything that is needed (reused while nothing changed)
 	@echo ".venv is ready"
@@ -34,6 +34,9 @@ accuracy: .venv/ready  ## measure the rows that docs/results.md lacks; hours, ca
 bench: .venv/ready-with-peers  ## time predict beside OpenVINO, ONNX Runtime and torchao; the machine should be quiet
 	@$(BIN)/python benchmarks/predict_latency.py --out benchmarks/latency
 
+bench-solver: .venv/ready .venv-peer/ready  ## time GPTQ beside llmcompressor, which gets an environment of its own
+	@$(BIN)/python benchmarks/solver_speed.py --peer .venv-peer/bin/python
+
 docs: .venv/ready  ## build the documentation; a warning is an error
 	@$(BIN)/python -m sphinx -q -E -W --keep-going docs docs/_build
 	@echo "Open docs/_build/index.html"
@@ -49,12 +52,19 @@ format: .venv/ready  ## format the code and apply the safe fixes
 	@$(BIN)/ruff check --fix .
 
 clean:  ## remove .venv and everything the tools left behind
-	@rm -rf .venv docs/_build docs/api docs/methods .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
+	@rm -rf .venv .venv-peer docs/_build docs/api docs/methods .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/ready-with-peers: .venv/ready
 	@echo "Installing the libraries to compare with"
 	@$(PIP) --no-build-isolation -e '.[peers]'
+	@touch $@
+
+.venv-peer/ready:
+	@echo "Installing llmcompressor beside, with a transformers of its own"
+	@$(PYTHON) -m venv .venv-peer
+	@.venv-peer/bin/pip install -qq $$(grep -E '^torch==' constraints.txt)
+	@.venv-peer/bin/pip install -qq llmcompressor==0.14.0.1 gguf
 	@touch $@
 
 # torch goes first and by its exact version, for which a small CPU wheel is found: any range would end at the newest build with

@@ -178,7 +178,7 @@ float ones, on 200 sentences; EfficientNet-Lite0 on the 500 images, where its we
 ## Language models
 
 Perplexity, the lower the better: stories260K on five stories, SmolLM2-135M on the first 4,096 tokens of WikiText-2's
-test text in windows of 512, both calibrated on 32 windows of its validation text, which for the teller of stories is
+test text in windows of 512, calibrated on 32 and 12 windows of its validation text, which for the teller of stories is
 foreign ground. Weights have one asymmetric scale per output channel, SmolLM2's one for 128 inputs, where their L_p
 error is least or between the *extremes*; inputs are asymmetric per token, on the spot; head and embeddings are float.
 `W4` is weights alone. SmolLM2's weights were on a grid of four bits when they were published. *SI* is Sparsity

@@ -54,7 +54,7 @@ ROUNDING = {
     "BRECQ on extremes": Method("PostTrainingQuantization", {"ranges": "minmax", "reconstruct": "brecq"}, "_asym"),
 }
 # Methods of language models, on a model of sentences; their own table is in language_rows.py.
-SENTENCES = {"GPTQ": Method("GPTQ", {"attention": False})}
+SENTENCES = {"GPTQ": Method("GPTQ", {"ranges": "minmax", "attention": False})}
 ALL = METHODS | ROUNDING | SENTENCES
 
 

@@ -14,7 +14,8 @@ import lightning_quant
 WEIGHTS, BOTH, PATTERNS = ("W4A32", "W3A32", "W2A32"), ("W8A8", "W4A8", "W4A4"), ("50%", "2:4", "4:8")
 # The layers of stories260K are too small for groups of 128.
 FORMATS = {"stories260K": "_asym", "SmolLM2-135M": "_asym_g128"}
-SAMPLES = {"calibration_samples": 32}
+# 12 windows of 512 tokens are four for each input of SmolLM2's widest layer, below which OSAQ refuses.
+SAMPLES = {"stories260K": 32, "SmolLM2-135M": 12}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class LanguageRow(NamedTuple):
         return [] if self.method == "float" else ALL_LANGUAGE[self.method]
 
     def _arguments(self, step: Step) -> dict[str, Any]:
-        found = step.arguments | SAMPLES
+        found = step.arguments | {"calibration_samples": SAMPLES[self.model]}
         if self.bits == "4:8" and self.model == "stories260K":  # rows of 172 weights are no groups of 8
             found["skip"] = [*found.get("skip", []), "*down_proj"]
         return found

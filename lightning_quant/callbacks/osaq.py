@@ -18,15 +18,25 @@ class OSAQ(GPTQ):
 
     .. math::
         W \leftarrow W + \beta \mathcal N, \qquad \beta_i = \arg\min_b \; \tfrac12 \sum_j s_{ij} (W_{ij} + b^\top n_j)^2
-        + \tfrac{\mu_1}{2 N} \|b\|^2 + \tfrac{\mu_2}{2} ( \sum_j b^\top n_j )^2, \qquad
-        s_i = \text{softmax}(|W_i| / (\tau \max_j |W_{ij}|))
+        + \frac{1}{2 N} \sum_k \Big( \mu_1 + \mu_3 \frac{\lambda_k}{\tilde\lambda} \Big) b_k^2
+        + \tfrac{\mu_2}{2} ( \sum_j b^\top n_j )^2, \qquad s_i = \text{softmax}(|W_i| / (\tau \max_j |W_{ij}|))
 
     where the rows of :math:`\mathcal N`, with columns :math:`n_j`, are the eigenvectors of the layer's Hessian whose
-    smallest eigenvalues hold a share :math:`\gamma` of all. Groups of inputs with scales of their own have outliers of
-    their own. Nothing is left to do at inference, and no other layer is touched; but where the inputs vary in all
-    directions there is nothing to be won either, so ``solved`` and the log tell the share of such directions.
+    smallest eigenvalues :math:`\lambda_k` (damped) hold a share :math:`\gamma` of all, and :math:`\tilde\lambda` is the
+    geometric mean of all. Groups of inputs with scales of their own have outliers of their own. Nothing is left to do
+    at inference, and no other layer is touched.
 
-    There is no published code; the regularizers and all constants are reconstructed.
+    The paper takes the directions of a null space for free (:math:`\mu_3 = 0`, a small :math:`\gamma`), but small
+    models have next to none. Here a direction costs what the output feels of it, damped as for the solver because other
+    inputs vary in other directions, and most may take part. On stories260K, at three bits, that takes the perplexity of
+    GPTQ from 5.88 to 5.49, and at two bits from 59 to 45, where what is free alone gave 5.88 and 67; at four bits there
+    is nothing to gain. On SmolLM2-135M at two bits the squared output errors of the layers, on text that did not
+    calibrate, fall by 4 to 14 %; with the first six of its blocks rounded the perplexity does not, 48.8 where GPTQ has
+    48.3. The share of its directions that hold a thousandth of the eigenvalues' sum falls from block to block: 35 to
+    4 % before queries, keys and values, 66 to 12 % before the output projection, 6 to 2 % before gate and up, 31 to 3 %
+    before down. ``solved`` tells it of each layer.
+
+    There is no published code; the regularizers and all constants are reconstructed, and :math:`\mu_3` is added.
 
     Reference: *OSAQ: Outlier Self-Absorption for Accurate Low-bit LLM Quantization*, 2026.
 
@@ -40,12 +50,14 @@ class OSAQ(GPTQ):
         tau: how sharply the largest weights are told from the others, in parts of the largest one.
         mu1: keeps the addition small.
         mu2: keeps the sum of a row where it is.
+        mu3: keeps small what the output feels of the addition; ``None``: 25 for each value that the format has.
         arguments: see :class:`GPTQ`. With fewer than ``min_tokens`` calibration tokens for each input of a layer its
             null space is an accident, which is refused.
 
     Attributes:
-        solved: what was noted of each layer in this process, among it the share of directions (``null_space``), of rows
-            (``accepted``), and by how much the largest weights fell (``reach``).
+        solved: what was noted of each layer in this process, among it the share of directions that hold a thousandth of
+            the eigenvalues' sum (``null_space``), that of rows (``accepted``), and by how much the largest weights fell
+            (``reach``).
 
     Raises:
         ValueError: for an unknown solver or ``accept``, for too few tokens, and where :class:`GPTQ` does.
@@ -63,10 +75,11 @@ class OSAQ(GPTQ):
         activations: str | None = None,
         solver: Literal["gptq", "nearest"] = "gptq",
         accept: Literal["error", "max", "always"] = "error",
-        gamma: float = 1e-3,
+        gamma: float = 0.1,
         tau: float = 0.2,
         mu1: float = 1.0,
         mu2: float = 1e-3,
+        mu3: float | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(weights, activations, **arguments)
@@ -74,12 +87,13 @@ class OSAQ(GPTQ):
             raise ValueError(f"solver={solver!r} is neither 'gptq' nor 'nearest'")
         if accept not in ("error", "max", "always"):
             raise ValueError(f"accept={accept!r} is none of 'error', 'max' and 'always'")
-        if not 0 <= gamma < 1 or tau <= 0 or mu1 <= 0 or mu2 < 0:
+        if not 0 <= gamma < 1 or tau <= 0 or mu1 <= 0 or mu2 < 0 or (mu3 or 0) < 0:
             raise ValueError(
-                f"gamma={gamma} must be at least 0 and below 1, tau={tau} and mu1={mu1} above 0, mu2={mu2} at least 0"
+                f"gamma={gamma} must be at least 0 and below 1, tau={tau} and mu1={mu1} above 0, mu2={mu2} and "
+                f"mu3={mu3} at least 0"
             )
         self.rounded_by, self.accept = solver, accept
-        self.absorbing: dict[str, Any] = {"gamma": gamma, "tau": tau, "mu1": mu1, "mu2": mu2}
+        self.absorbing: dict[str, Any] = {"gamma": gamma, "tau": tau, "mu1": mu1, "mu2": mu2, "mu3": mu3}
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -98,12 +112,16 @@ class OSAQ(GPTQ):
     def round(self, weight: Tensor, hessian: Tensor, rounding: Rounding, keep: Tensor, statistics: Hessian) -> Rounded:
         """Round with the addition where it helps, and without it elsewhere."""
         group = rounding.scheme.group_size
-        edit = absorb_outliers(weight.float(), hessian, **self.absorbing, group=group)
+        absorbing = self.absorbing
+        if absorbing["mu3"] is None:
+            absorbing = {**absorbing, "mu3": 25.0 * 2**rounding.scheme.bits}
+        edit = absorb_outliers(weight.float(), hessian, **absorbing, damp=self.solver.damp, group=group)
         edited = weight + edit.edit
         before, after = row_reach(weight, group), row_reach(edited, group)
         if self.accept == "error":
             plain, found = (self._rounded(start, hessian, rounding, keep) for start in (weight, edited))
-            plain_errors, errors = (output_error(weight, x.values, hessian) for x in (plain, found))
+            judge = hessian + self.solver.damp * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
+            plain_errors, errors = (output_error(weight, x.values, judge) for x in (plain, found))
             chosen = errors < plain_errors
             if not found.state[0].dim():  # one scale for all rows
                 chosen = (errors.sum() < plain_errors.sum()).expand(len(weight))
@@ -113,7 +131,7 @@ class OSAQ(GPTQ):
             found = self._rounded(torch.where(chosen[:, None], edited, weight), hessian, rounding, keep)
         size = float(output_error(weight, torch.zeros_like(weight), hessian).sum()) or 1.0
         notes = {
-            "null_space": len(edit.directions) / len(hessian),
+            "null_space": edit.null_space,
             "accepted": float(chosen.double().mean()),
             "reach": float(after.mean() / before.mean()),
             "perturbation": float(output_error(weight, edited, hessian).sum()) / size,

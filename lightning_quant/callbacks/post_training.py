@@ -95,8 +95,14 @@ class PostTrainingQuantization(QuantizationCallback):
         self, model: nn.Module, plan: Plan, batches: Iterable[Any], run: Callable[[Any], Any], rule: RangeRule
     ) -> None:
         """The same by any rule."""
+        self.observe_activations(model, plan, batches, run, rule)
+        self.fit_weights(plan.quantized_layers(model), rule)
+
+    def observe_activations(
+        self, model: nn.Module, plan: Plan, batches: Iterable[Any], run: Callable[[Any], Any], rule: RangeRule
+    ) -> None:
+        """Find the ranges of activations; layers that no batch reaches are float again."""
         with observed(plan.activation_quantizers(model), rule), reached(plan.modules(model)) as names:
             for batch in batches:
                 run(batch)
         self.give_back_unreached(model, plan, names)
-        self.fit_weights(plan.quantized_layers(model), rule)

@@ -165,9 +165,24 @@ class SolvedPruning(PruningCallback):
         """All tokens count alike."""
         return None
 
+    def solve(self, name: str, layer: nn.Module, statistics: Hessian, importance: Tensor | float = 1.0) -> Notes:
+        """Prune one layer.
+
+        Args:
+            name: of the layer.
+            layer: what is pruned.
+            statistics: of its inputs.
+            importance: what the scores are multiplied with, (out, inputs) or less.
+        """
+        assert isinstance(layer, QuantizedLayer)
+        rows = finite_rows(layer, "weight", name)
+        return self.prune(name, layer, rows, statistics, importance)
+
     @abstractmethod
-    def solve(self, name: str, layer: nn.Module, statistics: Hessian) -> Notes:
-        """Prune one layer."""
+    def prune(
+        self, name: str, layer: QuantizedLayer, rows: Tensor, statistics: Hessian, importance: Tensor | float
+    ) -> Notes:
+        """Prune one layer, whose weight as it computes with it is these rows."""
 
 
 class _NothingRounded(Formats):

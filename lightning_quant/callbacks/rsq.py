@@ -23,9 +23,9 @@ class RSQ(GPTQ):
 
     The attention is that of the block before any of its layers is solved, on what the solved blocks before it make of
     the data; one weight for each token serves all its layers. Nobody looks at padding, which then has no weight. The
-    paper rotates the model first: put :class:`RotatedPTQ` before it. Alone it does not beat :class:`GPTQ` on
-    stories260K at three bits, where the perplexity is 5.87 against 5.60. Its eightfold shifted calibration set is not
-    offered.
+    paper rotates the model first: put :class:`RotatedPTQ` before it. Alone, at three bits on stories260K, it has a
+    perplexity of 5.62 where :class:`GPTQ` has 5.88, calibrated on WikiText-2, and 5.87 against 5.60 on stories that the
+    model wrote. Its eightfold shifted calibration set is not offered.
 
     Reference: Sung et al., *RSQ: Learning from Important Tokens Leads to Better Quantized LLMs*, 2025.
 

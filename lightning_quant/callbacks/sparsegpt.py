@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.calibration import Hessian
-from lightning_quant.callbacks.pruning import SolvedPruning, finite_rows
+from lightning_quant.callbacks.pruning import SolvedPruning
 from lightning_quant.callbacks.solving import Notes
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import Pattern
@@ -69,17 +69,10 @@ class SparseGPT(SolvedPruning):
         """What decides which weights are kept, as far as the inputs are independent."""
         return wanda_scores(weight, squares)
 
-    def solve(self, name: str, layer: nn.Module, statistics: Hessian, importance: Tensor | float = 1.0) -> Notes:
-        """Prune one layer.
-
-        Args:
-            name: of the layer.
-            layer: what is pruned.
-            statistics: of its inputs.
-            importance: what the scores are multiplied with, (out, inputs) or less.
-        """
-        assert isinstance(layer, QuantizedLayer)
-        finite_rows(layer, "weight", name)
+    def prune(
+        self, name: str, layer: QuantizedLayer, rows: Tensor, statistics: Hessian, importance: Tensor | float
+    ) -> Notes:
+        """Column by column; the rounded weights, if there are such, are rounded anew."""
         weight, hessians = layer.float_rows().detach().flatten(1).double(), statistics.matrix()
         if hessians.dim() == 2:
             hessians = hessians.unsqueeze(0)  # a convolution has one for each group of channels
@@ -87,14 +80,14 @@ class SparseGPT(SolvedPruning):
         kept: list[Tensor] = []
         values: list[Tensor] = []
         error = size = 0.0
-        for part, (hessian, rows) in enumerate(zip(hessians, weight.chunk(len(hessians)), strict=True)):
-            place = slice(part * len(rows), (part + 1) * len(rows))
+        for part, (hessian, these) in enumerate(zip(hessians, weight.chunk(len(hessians)), strict=True)):
+            place = slice(part * len(these), (part + 1) * len(these))
             fix = self._fix(layer, self.patterns[name], place, factors[place])
-            solved = self.solver.solve(rows, hessian, fix).values
+            solved = self.solver.solve(these, hessian, fix).values
             kept.append(fix.kept)
             values.append(solved)
-            error += float(output_error(rows, solved, hessian).sum())
-            size += float(output_error(rows, torch.zeros_like(rows), hessian).sum())
+            error += float(output_error(these, solved, hessian).sum())
+            size += float(output_error(these, torch.zeros_like(these), hessian).sum())
         shape = layer.float_rows().shape
         layer.prune(torch.cat(kept).reshape(shape), torch.cat(values).reshape(shape))
         return {"error": error / size if size else 0.0}

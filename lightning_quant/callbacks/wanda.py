@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_quant.calibration import Hessian
-from lightning_quant.callbacks.pruning import SolvedPruning, finite_rows, row_squares
+from lightning_quant.callbacks.pruning import SolvedPruning, row_squares
 from lightning_quant.callbacks.solving import Notes
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.solvers import Compared, keep_best, wanda_scores
@@ -56,17 +56,10 @@ class Wanda(SolvedPruning):
         """What decides which weights are kept: their size, and that of their input."""
         return wanda_scores(weight, squares)
 
-    def solve(self, name: str, layer: nn.Module, statistics: Hessian, importance: Tensor | float = 1.0) -> Notes:
-        """Prune one layer.
-
-        Args:
-            name: of the layer.
-            layer: what is pruned.
-            statistics: of its inputs.
-            importance: what the scores are multiplied with, (out, inputs) or less.
-        """
-        assert isinstance(layer, QuantizedLayer)
-        rows = finite_rows(layer, "weight", name)
+    def prune(
+        self, name: str, layer: QuantizedLayer, rows: Tensor, statistics: Hessian, importance: Tensor | float
+    ) -> Notes:
+        """Keep the best weights of each row, or of the layer."""
         scores = self.scores(rows, row_squares(statistics, len(rows)))
         keep = keep_best(scores * importance, self.patterns[name], self.compared)
         layer.prune(keep.view_as(layer.float_rows()))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_quant.graph.calls import Call, Watcher
 from lightning_quant.layers import MATMULS, SOFTMAXES, softmax_is_last
@@ -41,7 +43,7 @@ class AttentionWatcher(Watcher):
     def __init__(self) -> None:
         self.sites: dict[str, AttentionCalls] = {}
         self._frames: list[tuple[str, AttentionCalls, dict[str, int]]] = []  # of each running forward
-        self._followed: dict[int, tuple[Tensor, _Origin]] = {}  # tensors are held, since ids are reused
+        self._followed: MutableMapping[Tensor, _Origin] = WeakTensorKeyDictionary()
 
     def enter(self, name: str) -> None:
         """Count anew for this forward."""
@@ -99,8 +101,7 @@ class AttentionWatcher(Watcher):
             self._follow(gives[0], origins[0][1])
 
     def _origin(self, x: Tensor) -> _Origin | None:
-        found = self._followed.get(id(x))
-        return None if found is None else found[1]
+        return self._followed.get(x)
 
     def _follow(self, x: Tensor, origin: _Origin) -> None:
-        self._followed[id(x)] = (x, origin)
+        self._followed[x] = origin

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_quant.graph.calls import Call, Watcher
 from lightning_quant.graph.costs import CONVOLUTIONS
@@ -19,29 +21,29 @@ class BatchNormWatcher(Watcher):
 
     def __init__(self, owners: Owners) -> None:
         self.owners = owners
-        self._given: dict[int, tuple[Tensor, str]] = {}  # held, since ids are reused
+        self._given: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
         self._readers: dict[str, list[str | None]] = {}  # layer -> norms, None for any other reader
         self._calls: Counter[str] = Counter()
 
     def saw(self, call: Call) -> None:
         """Note who gives a tensor, and who reads it."""
         for x in call.reads():
-            if (given := self._given.get(id(x))) is not None:
+            if (given := self._given.get(x)) is not None:
                 is_norm = call.func is F.batch_norm and x is call.argument(0, "input")
-                self._readers[given[1]].append(call.inside if is_norm else None)
+                self._readers[given].append(call.inside if is_norm else None)
         linear = call.linear()
         weight = call.argument(1, "weight") if call.func in CONVOLUTIONS else None if linear is None else linear[1]
         layer = None if weight is None else self.owners.of(weight, call.stack)
         if layer is not None and weight is not None:
             self._calls[layer] += 1
             self._readers.setdefault(layer, [None] if self.owners.is_tied(weight) else [])
-            self._given[id(call.out)] = call.out, layer
+            self._given[call.out] = layer
 
     def finish(self, output: Any) -> None:
         """Whatever the model returns is read by somebody we cannot see."""
         for x in tree_leaves(output):
-            if (given := self._given.get(id(x))) is not None:
-                self._readers[given[1]].append(None)
+            if isinstance(x, Tensor) and (given := self._given.get(x)) is not None:
+                self._readers[given].append(None)
 
     def result(self) -> dict[str, str]:
         """The layer before each BatchNorm, by the norm's name."""

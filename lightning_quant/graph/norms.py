@@ -8,12 +8,14 @@ rows of another linear layer's output; then that layer can take the fold.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_quant.graph.calls import Call, Watcher
 from lightning_quant.graph.channels import channel_range, keeps_channels
@@ -66,7 +68,7 @@ class NormWatcher(Watcher):
         self.obstacles: dict[str, str] = {}  # norm -> why it cannot be folded
         self.foreign: dict[str, str] = {}  # linear -> what else it reads
         self.read_elsewhere: set[Rows] = set()  # rows of linears that are more than a modulation
-        self._followed: dict[int, tuple[Tensor, _FromNorm | _FromLinear]] = {}  # held, since ids are reused
+        self._followed: MutableMapping[Tensor, _FromNorm | _FromLinear] = WeakTensorKeyDictionary()
 
     def saw(self, call: Call) -> None:
         """Begin to follow, go on following, or note a reader."""
@@ -178,11 +180,10 @@ class NormWatcher(Watcher):
         return False
 
     def _origin(self, x: Any) -> _FromNorm | _FromLinear | None:
-        found = self._followed.get(id(x))
-        return None if found is None else found[1]
+        return self._followed.get(x) if isinstance(x, Tensor) else None
 
     def _follow(self, x: Tensor, origin: _FromNorm | _FromLinear) -> None:
-        self._followed[id(x)] = (x, origin)
+        self._followed[x] = origin
 
     def _obstruct(self, origins: list[_FromNorm | _FromLinear], reader: str) -> None:
         for origin in origins:

@@ -8,7 +8,7 @@ computes is found out by trying.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_quant.graph.calls import Call, Watcher
 from lightning_quant.graph.channels import channel_range, keeps_channels
@@ -134,7 +135,7 @@ class _ResidualWatcher(Watcher):
         for name, child in modules.items():
             if name and (kind := norm_kind(child)) is not None:
                 self.found.kinds[name] = kind
-        self._followed: dict[int, tuple[Tensor, _Origin]] = {}  # held, since ids are reused
+        self._followed: MutableMapping[Tensor, _Origin] = WeakTensorKeyDictionary()
         self._seen: set[int] = set()  # tensors of the stream that somebody but a norm or a sum has read
         self._read: dict[str, str] = {}  # writer -> who else reads what it returns
         self._values: dict[str, tuple[Rows, int]] = {}
@@ -264,9 +265,8 @@ class _ResidualWatcher(Watcher):
         self.found.obstacles.setdefault(name, f"it is also read by {reader}")
 
     def _origin(self, x: Any) -> _Origin | None:
-        found = self._followed.get(id(x))
-        return None if found is None else found[1]
+        return self._followed.get(x) if isinstance(x, Tensor) else None
 
     def _follow(self, x: Any, origin: _Origin) -> None:
         if isinstance(x, Tensor):
-            self._followed[id(x)] = (x, origin)
+            self._followed[x] = origin

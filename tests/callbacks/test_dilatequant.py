@@ -160,7 +160,7 @@ def test_a_kernel_keeps_off_a_dilated_layer():
     quantized(module, per_step=False, weights="int8")
     before, swap = images(module), KernelSwap(backend="torch")
     torch.testing.assert_close(torch.cat(trainer(swap).predict(module, seeds())), before, atol=1e-4, rtol=1e-4)
-    assert "a dilation" in str(swap.table)
+    assert any("dilation" in row.why_not for row in swap.table.rows)
 
 
 def test_without_tables_it_takes_any_model():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_quant import GPTQ, MagnitudePruning, PostTrainingQuantization
+from lightning_quant import GPTQ, OSAQ, MagnitudePruning, PostTrainingQuantization, SparseGPT, Wanda
 from lightning_quant.calibration import Hessian, input_rows, record
 from lightning_quant.layers import QuantizedLayer, as_float
 from lightning_quant.solvers import output_error
@@ -209,7 +209,7 @@ class Convolutional(L.LightningModule):
 def test_convolutions_are_solved_group_by_group(weights):
     images = torch.randn(32, 6, 8, 8, generator=torch.Generator().manual_seed(2))
     images = images + images.roll(1, 3) + images.mean(1, keepdim=True)
-    loader, callback = DataLoader(images, batch_size=8), GPTQ(weights, calibration_samples=32)
+    loader, callback = DataLoader(images, batch_size=8), GPTQ(weights, ranges="minmax", calibration_samples=32)
     model, start = Convolutional(), Convolutional()
     L.Trainer(callbacks=[callback], **QUIET).validate(model, loader, verbose=False)
     plain = PostTrainingQuantization(weights.replace("int3", "int3_asym"), None, ranges="minmax")
@@ -260,6 +260,27 @@ def test_language_models_keep_what_is_tied(kind):
     assert model.net.config.use_cache
     callback.remove(model)
     assert is_float(model)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [GPTQ("int8_channel"), OSAQ("int8_channel"), Wanda(0.1), SparseGPT(0.1)],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_an_input_that_is_always_zero_gets_no_weight_and_tokens_that_calibration_never_met_are_understood(callback):
+    model, met = LanguageModel(), torch.randint(9, (32, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.net.model.layers[0].input_layernorm.weight[3] = 0
+    callback.calibration_loader = DataLoader(met, batch_size=8)
+    L.Trainer(callbacks=[callback], **QUIET).validate(model, callback.calibration_loader, verbose=False)
+    attention = model.net.model.layers[0].self_attn
+    with torch.no_grad():
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+            assert not layer.quantized()[:, 3].any() and layer.quantized()[:, 2].any()
+        found = model(torch.arange(9, 17)[None])
+        with as_float(model):
+            exact = model(torch.arange(9, 17)[None])
+    assert (found - exact).norm() < (0.02 if isinstance(callback, GPTQ) else 0.3) * exact.norm()
 
 
 # ---------------------------------------------------------------- refusals
