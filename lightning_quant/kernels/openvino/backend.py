@@ -11,7 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_quant.kernels.openvino.door import answer_by, answer_itself
+from lightning_quant.kernels.openvino.grids import has_bytes
 from lightning_quant.kernels.openvino.lower import Call, Lowered, NotLowered, lower
+from lightning_quant.kernels.registry import choose
 from lightning_quant.kernels.spec import AnySpec, LayerSpec
 from lightning_quant.kernels.swapped import Swappable, SwappedKernels
 from lightning_quant.kernels.table import KernelRow
@@ -110,10 +112,9 @@ class LoweredModules:
         try:
             if not compiles:
                 return forward(*args, **kwargs)
-            if reason := _why_not(module):
+            if reason := _why_not(module) or self._why_not_worth(record):
                 raise NotLowered(reason)
-            began = time.perf_counter()
-            called = f"`{record.name}`" if record.name else type(self.model).__name__
+            began, called = time.perf_counter(), record.called
             rank_zero_info(f"KernelSwap: OpenVINO compiles {called}, which takes a few seconds")
             before = tuple(tensor.clone() for tensor in call.tensors)
             simulated = forward(*args, **kwargs)
@@ -122,9 +123,19 @@ class LoweredModules:
             return simulated
         except NotLowered as reason:
             record.refuse(str(reason))
+            rank_zero_info(f"KernelSwap: OpenVINO does not answer for {record.called}: {reason}")
         finally:
             self._busy = False
         return forward(*args, **kwargs)
+
+    def _why_not_worth(self, record: _Module) -> str | None:
+        """Why a module is better left to torch's kernels, which take more formats."""
+        layers = {name: layer for name, layer in record.inside.items() if isinstance(layer, QuantizedLayer)}
+        theirs = sum(map(has_bytes, layers.values()))
+        ours = sum(choose(self.places[name][1]).why_not is None for name in layers)
+        if 2 * theirs >= ours:
+            return None
+        return f"of its {len(layers)} layers it would multiply {theirs} as bytes, torch's kernels take {ours}"
 
     def _found(self, name: str) -> dict[str, tuple[str, str]]:
         """The kernel of everything inside a module that OpenVINO answers for."""
@@ -133,7 +144,7 @@ class LoweredModules:
         for place in self._modules[name].inside:
             spec = self.places[place][1]
             why = spec.why_not_plain_integers() if isinstance(spec, LayerSpec) else None
-            floats = ON_FLOATS, why or "OpenVINO multiplies its operands as floats"
+            floats = ON_FLOATS, why or "its operands are rounded, and multiplied as floats"
             found[place] = (ON_BYTES, "") if on_bytes.get(place) else floats
         return found
 
@@ -142,14 +153,15 @@ class LoweredModules:
         outer = [module for name, module in self._modules.items() if row.layer in module.inside and module.why_not]
         if not row.why_not or not outer:
             return row.why_not
-        return f"{row.why_not}; not on OpenVINO: `{outer[-1].name}`: {outer[-1].why_not}"
+        return f"{row.why_not}; not on OpenVINO: {outer[-1].called}: {outer[-1].why_not}"
 
 
 class _Module:
     """What is known of a module that OpenVINO may answer for."""
 
     def __init__(self, name: str, inside: dict[str, Swappable]) -> None:
-        self.name, self.inside = name, inside
+        self.inside = inside
+        self.called = f"`{name}`" if name else "the whole model"
         self.lowered: dict[Any, Lowered] = {}
         self.met: dict[Any, int] = {}
         self.why_not = ""

@@ -61,6 +61,23 @@ def as_fake_quantize(places: Mapping[str, QuantizedLayer | QuantAttention]) -> I
         yield
 
 
+def has_bytes(layer: QuantizedLayer) -> bool:
+    """Whether OpenVINO can multiply the bytes of a layer: one grid for its input, and weights whose middle is 0."""
+    inputs, weights = layer.activation_quantizers().values(), layer.weight_quantizers()
+    return (
+        bool(inputs and weights)
+        and all(_is_one_grid_of_bytes(quantizer) for quantizer in inputs)
+        and all(_has_zero_in_the_middle(weights.get(name)) for name in layer.present_weights())
+    )
+
+
+def _has_zero_in_the_middle(quantizer: Quantizer | None) -> bool:
+    if quantizer is None or not _is_grid_of_bytes(quantizer):
+        return False
+    lowest, highest = (end - quantizer.zero_point for end in (quantizer.scheme.qmin, quantizer.scheme.qmax))
+    return bool((lowest >= -LEVELS // 2).all() and (highest < LEVELS // 2).all())
+
+
 def _is_grid_of_bytes(quantizer: Quantizer) -> TypeGuard[UniformQuantizer]:
     scheme = quantizer.scheme
     if type(quantizer) not in (UniformQuantizer, LearnedQuantizer) or scheme.bits > 8 or scheme.dynamic:
@@ -83,7 +100,7 @@ def _weight(quantizer: Quantizer, rows: Tensor, owner: str) -> Callable[[Tensor]
         return _constant(rows)
     scale, zero_point = (state.detach() for state in quantizer.state_for(rows))
     lowest, highest = quantizer.scheme.qmin - zero_point, quantizer.scheme.qmax - zero_point
-    if bool((lowest >= -LEVELS // 2).all() and (highest < LEVELS // 2).all()):  # then 0 is in the middle
+    if _has_zero_in_the_middle(quantizer):
         lowest, highest = torch.full_like(scale, -LEVELS // 2), torch.full_like(scale, LEVELS // 2 - 1)
     lowest, highest = lowest * scale, highest * scale
 

@@ -169,7 +169,8 @@ def _trace(
         tensors = tuple(tensor.clone() for tensor in call.tensors)
         table: Any = get_decompositions(get_export_decomposition_list())
         try:
-            graph = make_fx(tensors_of, table, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+            function = torch.func.functionalize(tensors_of)  # OpenVINO knows few operators that work in place
+            graph = make_fx(function, table, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
         finally:
             changed = [part for part, state in before.items() if _changed(part, *state)]
             for part in changed:
@@ -178,7 +179,8 @@ def _trace(
                 part._buffers.clear()
                 part._buffers.update(before[part][1])
     if changed:
-        raise NotLowered(f"its forward changes what a {type(changed[0]).__name__} holds")
+        kind = getattr(changed[0], "own_class", type(changed[0])).__name__
+        raise NotLowered(f"its forward changes what a {kind} holds")
     for node in graph.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable and node.args[0].op in ("get_attr", "placeholder"):
@@ -199,25 +201,33 @@ def _compile(graph: torch.fx.GraphModule, call: Call) -> tuple[Any, list[int]]:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch import ConversionExtension
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
-    from openvino.opset14 import fake_quantize
+    from openvino.opset14 import constant, fake_quantize, power
 
     def convert(context: Any) -> Any:
         x, lowest, highest = (context.get_input(place) for place in range(3))
         return fake_quantize(x, lowest, highest, lowest, highest, LEVELS).outputs()
+
+    def power_of_two(context: Any) -> Any:
+        return power(constant(2.0, "f32"), context.get_input(0)).outputs()
 
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     shapes = [tensor.shape for tensor in call.tensors]
     dtypes = [tensor.dtype for tensor in call.tensors]
     frontend = FrontEndManager().load_by_framework("pytorch")
     frontend.add_extension(ConversionExtension("lightning_quant.fake_quantize.default", convert))
-    model = frontend.convert(frontend.load(TorchFXPythonDecoder(graph, input_shapes=shapes, input_types=dtypes)))
+    frontend.add_extension(ConversionExtension("aten.exp2.default", power_of_two))
+    decoder = TorchFXPythonDecoder(graph, input_shapes=shapes, input_types=dtypes)  # has to outlive the conversion
+    model = frontend.convert(frontend.load(decoder))
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
     }
     compiled = openvino.Core().compile_model(model, "CPU", settings)
-    return compiled, [names.index(port.get_any_name()) for port in compiled.inputs]
+    if len(compiled.inputs) == len(names):
+        return compiled, list(range(len(names)))
+    read = [port.get_names() for port in compiled.inputs]  # what the module does not look at is no input
+    return compiled, [next(place for place, name in enumerate(names) if name in found) for found in read]
 
 
 def _on_bytes(graph: torch.fx.GraphModule, compiled: Any) -> dict[str, bool]:
@@ -265,6 +275,8 @@ def _require_the_same(answer: Any, simulated: Any) -> None:
 
 
 def _in_short(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "No conversion rule" in line or "data-dependent" in line.lower()]
-    return f"{type(error).__name__}: {(telling or lines or [''])[0].lstrip('- ')}"
+    """The line of an error that tells most."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Check ", "Exception ", "FrontEnd API", "Converting input"))]
+    telling = [line for line in lines if "No conversion rule" in line]
+    return f"{type(error).__name__}: {(telling or told or lines or [''])[0]}"

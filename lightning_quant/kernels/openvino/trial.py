@@ -26,8 +26,9 @@ class Trial:
     >>> trial = Trial(clock=lambda: next(seconds))
     >>> for _ in range(6):
     ...     trial.began()
-    ...     print(trial.ended(100), end=" ")
-    None None openvino None None openvino
+    ...     if answers := trial.ended(among=100):
+    ...         print(answers, end=";")
+    openvino;openvino;
     >>> trial.turn, trial.seconds
     (None, {'torch': 3, 'openvino': 1})
     """
