@@ -18,8 +18,15 @@ import pytest
 import torch
 import torch.distributed
 
-# Docstring examples are looked for in every file, and this one cannot be imported without its library.
-collect_ignore = [] if find_spec("triton") else ["lightning_quant/kernels/sparse_attention/block_sparse_triton.py"]
+# Docstring examples are looked for in every file, and these cannot be imported without their library.
+_WITH_TRITON = (
+    "cuda/int4_triton.py",
+    "cuda/int8_triton.py",
+    "cuda/tiles.py",
+    "sparse_attention/block_sparse_triton.py",
+    "sparse_attention/pooling_triton.py",
+)
+collect_ignore = [] if find_spec("triton") else [f"lightning_quant/kernels/{name}" for name in _WITH_TRITON]
 
 # No deadline: a shared machine is slow now and then. In CI the same examples every time, elsewhere new ones.
 hypothesis.settings.register_profile("lightning_quant", deadline=None, derandomize="CI" in os.environ)

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from math import prod
 
@@ -31,6 +32,7 @@ from lightning_quant.kernels.sparse_attention import (
     KeyMask,
     Sparsity,
     TokenLayout,
+    Workspace,
     attention_facts,
     block_sparse_attention,
     rectified_sparse_attention,
@@ -96,7 +98,7 @@ def measure(
     arguments: argparse.Namespace,
     device: str,
     dtype: torch.dtype,
-    peers: dict[str, str],
+    peers: dict[str, Sparsity],
 ) -> str:
     """One line of the table.
 
@@ -106,14 +108,14 @@ def measure(
         arguments: of the command line.
         device: where.
         dtype: of queries, keys and values.
-        peers: backends by the name of their column; the first is the one whose columns are spelled out.
+        peers: how they are sparse, by name; the columns are those of the first.
     """
     name, heads, grid, text = shape
     query, key, value = video_like(grid, heads, dim, text, device, dtype)
     blocks = Blocks(TokenLayout(grid, suffix=text), arguments.block).to(query.device)
-    mode = {peer: Sparsity(arguments.drop_rate, arguments.p_remain, backend=backend) for peer, backend in peers.items()}
     first = next(iter(peers))
-    attended = rectified_sparse_attention(query, key, value, blocks, mode[first])
+    workspace = Workspace()  # as RectifiedSparseAttention has one for all layers
+    attended = rectified_sparse_attention(query, key, value, blocks, peers[first])
     facts = attention_facts(query, key, value, blocks, attended, KeyMask(), dim**-0.5, rows=32)
     visual, ordered = query[:, :, blocks.visual], [x[:, :, blocks.order] for x in (key, value)]
     lists = BlockLists.of(attended.selection.kept)
@@ -124,13 +126,19 @@ def measure(
 
     functions: dict[str, Callable[[], object]] = {
         "dense": dense,
-        "choosing": lambda: BlockLists.of(select(visual, *ordered, blocks, mode[first], dim**-0.5, KeyMask()).kept),
+        "choosing": lambda: BlockLists.of(select(visual, *ordered, blocks, peers[first], dim**-0.5, KeyMask()).kept),
         "kernel": lambda: block_sparse_attention(
-            visual, *ordered, lists, blocks.size, blocked=len(blocks.visual), backend=mode[first].backend
+            visual,
+            *ordered,
+            lists,
+            blocks.size,
+            blocked=len(blocks.visual),
+            backend=peers[first].backend,
+            workspace=workspace,
         ),
     }
-    for peer in peers:
-        functions[peer] = partial(rectified_sparse_attention, query, key, value, blocks, mode[peer])
+    for peer, sparsity in peers.items():
+        functions[peer] = partial(rectified_sparse_attention, query, key, value, blocks, sparsity, workspace=workspace)
     found = timed(functions, arguments.rounds, device)
     kept, faster = float(facts.kept_share.mean()), found["dense"] / found[first]
     line = (
@@ -153,6 +161,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=16384, help="tokens, on the CPU")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    sparsity = Sparsity(arguments.drop_rate, arguments.p_remain)
     print(f"drop_rate={arguments.drop_rate}, p_remain={arguments.p_remain}, blocks of {arguments.block}")
     print(f"CPU, {torch.get_num_threads()} threads, {arguments.heads} heads of 64, torch backend")
     print(HEADER)
@@ -161,14 +170,18 @@ def main() -> None:
             for grid in CPU_GRIDS:
                 if prod(grid) <= arguments.longest:
                     shape = (str(dtype).removeprefix("torch."), arguments.heads, grid, 0)
-                    print(measure(shape, 64, arguments, "cpu", dtype, {"torch": "torch"}), flush=True)
+                    print(measure(shape, 64, arguments, "cpu", dtype, {"torch": sparsity}), flush=True)
         if not torch.cuda.is_available():
             print("CUDA: not measured, there is no such device here")
             return
         print(f"CUDA, {torch.cuda.get_device_name()}, bfloat16, heads of 128, Triton kernel against flash attention")
         print(HEADER)
         for shape in CUDA_SHAPES:
-            peers = {"triton": "triton", "flex_attention": "flex"}
+            peers = {
+                "triton": replace(sparsity, backend="triton"),
+                "with scores of 8 bits": replace(sparsity, backend="triton", int8_scores=True),
+                "flex_attention": replace(sparsity, backend="flex"),
+            }
             print(measure(shape, 128, arguments, "cuda", torch.bfloat16, peers), flush=True)
 
 

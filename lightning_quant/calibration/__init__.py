@@ -7,6 +7,8 @@ from lightning_quant.calibration.batches import CalibrationBatches, draw_trainin
 from lightning_quant.calibration.cache import SampleCache
 from lightning_quant.calibration.extremes import channel_extremes
 from lightning_quant.calibration.feed import check_feedable, feed, feeder_name
+from lightning_quant.calibration.fluctuation import fluctuations, sampled_inputs
+from lightning_quant.calibration.guided_mix import chosen_samples, conditional_share, mahalanobis
 from lightning_quant.calibration.hessians import Hessian, input_rows
 from lightning_quant.calibration.moments import Moments
 from lightning_quant.calibration.observing import fitted_in_stream, observed, reached
@@ -19,7 +21,7 @@ from lightning_quant.calibration.ranks import (
     sum_across_ranks,
 )
 from lightning_quant.calibration.recording import Call, Signature, hooked_outputs, record, same_constants, signature
-from lightning_quant.calibration.samples import first_samples, reordered, sample_count
+from lightning_quant.calibration.samples import first_samples, merge_batches, reordered, sample_count
 from lightning_quant.calibration.token_weights import attention_received, column_sums, token_weights
 from lightning_quant.calibration.tokens import TokenWindows
 from lightning_quant.calibration.trajectory import Moment, Trajectory, WholeTrajectories, evenly, trajectory_seeds
@@ -39,18 +41,23 @@ __all__ = [
     "attention_received",
     "channel_extremes",
     "check_feedable",
+    "chosen_samples",
     "column_sums",
+    "conditional_share",
     "draw_training_batches_from",
     "evenly",
     "feed",
     "feeder_name",
     "first_samples",
     "fitted_in_stream",
+    "fluctuations",
     "from_other_ranks",
     "hooked_outputs",
     "input_rows",
+    "mahalanobis",
     "mean_across_ranks",
     "merge_across_ranks",
+    "merge_batches",
     "observed",
     "progress_bar",
     "reached",
@@ -59,6 +66,7 @@ __all__ = [
     "same_constants",
     "sample_count",
     "sample_output",
+    "sampled_inputs",
     "seen_maps",
     "signature",
     "sum_across_ranks",

@@ -8,7 +8,15 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from lightning_quant.calibration.ranks import from_other_ranks
-from lightning_quant.quantizers import Observer, Quantizer, RangeRule, StepObserver, StepQuantizer
+from lightning_quant.quantizers import (
+    Observer,
+    PositionObserver,
+    PositionQuantizer,
+    Quantizer,
+    RangeRule,
+    StepObserver,
+    StepQuantizer,
+)
 
 
 @contextmanager
@@ -40,11 +48,7 @@ def observed(quantizers: Mapping[str, Quantizer], rule: RangeRule) -> Iterator[N
     A quantizer that nothing reached on any rank stays uncalibrated. After an exception nothing is frozen.
     """
     observers = {
-        name: StepObserver(quantizer, rule, name)
-        if isinstance(quantizer, StepQuantizer)
-        else Observer(quantizer, rule, name)
-        for name, quantizer in quantizers.items()
-        if not quantizer.calibrated
+        name: _observer(quantizer, rule, name) for name, quantizer in quantizers.items() if not quantizer.calibrated
     }
     try:
         for name, observer in observers.items():
@@ -59,6 +63,14 @@ def observed(quantizers: Mapping[str, Quantizer], rule: RangeRule) -> Iterator[N
             observer.merge(states[name])
         if observer.seen:
             observer.freeze()
+
+
+def _observer(quantizer: Quantizer, rule: RangeRule, name: str) -> Observer | StepObserver | PositionObserver:
+    if isinstance(quantizer, StepQuantizer):
+        return StepObserver(quantizer, rule, name)
+    if isinstance(quantizer, PositionQuantizer):
+        return PositionObserver(quantizer, rule, name)
+    return Observer(quantizer, rule, name)
 
 
 @contextmanager

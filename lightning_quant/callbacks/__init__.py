@@ -15,6 +15,7 @@ from lightning_quant.callbacks.kernel_swap import KernelSwap
 from lightning_quant.callbacks.llm_fp4 import LLMFP4
 from lightning_quant.callbacks.lorc import LoRC
 from lightning_quant.callbacks.lrp_qvit import LRPQViT
+from lightning_quant.callbacks.lrq_dit import LRQDiT
 from lightning_quant.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_quant.callbacks.mgrq import MGRQ
 from lightning_quant.callbacks.mixed_precision import MixedPrecision
@@ -23,6 +24,7 @@ from lightning_quant.callbacks.noisyquant import NoisyQuant
 from lightning_quant.callbacks.osaq import OSAQ
 from lightning_quant.callbacks.pmq import PMQ
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
+from lightning_quant.callbacks.ptq4arvg import PTQ4ARVG
 from lightning_quant.callbacks.quant_report import QuantReport
 from lightning_quant.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_quant.callbacks.rectified_sparse_attention import RectifiedSparseAttention
@@ -44,6 +46,7 @@ __all__ = [
     "MGRQ",
     "OSAQ",
     "PMQ",
+    "PTQ4ARVG",
     "RSQ",
     "AdaQuant",
     "CacheQuant",
@@ -55,6 +58,7 @@ __all__ = [
     "Fidelity",
     "KernelSwap",
     "LRPQViT",
+    "LRQDiT",
     "LoRC",
     "MPTQViT",
     "MagnitudePruning",

@@ -126,10 +126,10 @@ def dry_run(model: nn.Module, graph: ModelGraph, plan: Plan) -> DryRun:
 
 
 def _packed(weight: nn.Parameter, text: str) -> int:
-    """Bytes of packed codes, and of a float32 scale (and zero point) for each channel, group or tensor."""
+    """Bytes of packed codes, and of a float32 scale (and zero point, for each sign) per channel, group or tensor."""
     scheme = Scheme.parse(text)
     scales = {"tensor": 1, "channel": len(weight), "group": weight.numel() // (scheme.group_size or 1)}
-    state = 2 if scheme.kind == "int" else 1
+    state = {"int": 2, "twinlog": 4}.get(scheme.kind, 1)
     return -(-weight.numel() * scheme.bits // 8) + 4 * state * scales[scheme.granularity or "tensor"]
 
 

@@ -55,6 +55,8 @@ def activation_scheme(text: str, defaults: Defaults, argument: str = "activation
         raise ValueError(
             f"{argument}={text!r}: a {scheme.family} format holds no negative numbers; take another, like 'int8'"
         )
+    if scheme.kind == "twinlog":
+        raise ValueError(f"{argument}={text!r}: a {scheme.family} format is for weights; take another, like 'int8'")
     with _named(argument):
         build_quantizer(scheme, axis=-1)
     return scheme

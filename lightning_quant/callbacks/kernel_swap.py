@@ -10,14 +10,16 @@ from torch import nn
 
 from lightning_quant.checkpoint import record_of
 from lightning_quant.kernels.cpu import integer_instructions
+from lightning_quant.kernels.cuda.needs import gpu_in_words, why_not_on
+from lightning_quant.kernels.memory import give_freed_memory_back, keep_freed_memory
 from lightning_quant.kernels.openvino import LoweredModules, Trial, has_openvino
 from lightning_quant.kernels.spec import AnySpec, LayerSpec
 from lightning_quant.kernels.swapped import Swappable, SwappedKernels, attentions_of
 from lightning_quant.kernels.table import KernelTable
 from lightning_quant.layers import QuantizedLayer
 
-Backend = Literal["auto", "torch", "openvino"]
-BACKENDS = ("auto", "torch", "openvino")
+Backend = Literal["auto", "torch", "openvino", "triton"]
+BACKENDS = ("auto", "torch", "openvino", "triton")
 
 
 class KernelSwap(Callback):
@@ -35,12 +37,12 @@ class KernelSwap(Callback):
     kernels stay and the float weights are dropped: what is saved then holds packed integers.
 
     Args:
-        backend: ``"torch"`` takes the low-bit kernel of every layer that has one. ``"openvino"`` compiles the largest
-            submodules that OpenVINO takes, with the scales that were calibrated, in the first batch; the rest goes to
-            torch's kernels. ``"auto"`` measures the kernel of every layer in the first batch against the float product,
+        backend: ``"torch"`` takes the low-bit kernels that torch brings along: those of CPUs, and of fp8 on GPUs;
+            ``"triton"`` takes those of GPUs: integers by Triton, fp8 by torch; ``"openvino"`` compiles the largest
+            submodules that OpenVINO takes in the first batch, with the scales that were calibrated, and leaves the rest
+            to torch; ``"auto"`` takes any of the first two, measures it in the first batch against the float product,
             and keeps the faster one; if OpenVINO is installed and predict has a while to go, it then tries that for a
-            few batches, and keeps what is faster. With ``keep`` or ``compile`` it measures nothing, and is the same as
-            ``"torch"``.
+            few batches, and keeps what is faster. With ``keep`` or ``compile`` it measures nothing.
         keep: keep the kernels and drop the float weights. There is no way back. Not with OpenVINO.
         compile: compile the swapped network with ``torch.compile`` while it predicts.
         strict: refuse a model in which a quantized layer has no low-bit kernel.
@@ -50,7 +52,8 @@ class KernelSwap(Callback):
 
     Raises:
         RuntimeError: if the model has no calibrated quantized layer.
-        ValueError: with ``strict``, naming the layers without a low-bit kernel.
+        ValueError: with ``strict``, naming the layers without a low-bit kernel; with ``backend="triton"``, if the model
+            is not on a GPU, or Triton is not installed.
         ModuleNotFoundError: if OpenVINO is asked for and not installed.
 
     >>> from lightning_quant import PostTrainingQuantization
@@ -130,15 +133,20 @@ class KernelSwap(Callback):
         """
         backend = backend or self.backend
         layers, attentions = _calibrated_layers(model), {} if self.compile else attentions_of(model)
+        on = {layer.device.type for layer in layers.values()}
+        if backend == "triton" and (reason := why_not_on(on)):
+            raise ValueError(f'backend="triton" cannot serve: {reason}')
         places: dict[str, tuple[Swappable, AnySpec]] = {name: (it, LayerSpec.of(it)) for name, it in layers.items()}
         places.update(attentions)
         swapped: SwappedKernels | LoweredModules
         if backend == "openvino":
             swapped = LoweredModules(model, places)
         else:
-            swapped = SwappedKernels(places, backend == "auto" and not self.keep and not self.compile, self.keep)
+            measure = backend == "auto" and not self.keep and not self.compile
+            swapped = SwappedKernels(places, measure, self.keep, backend)
         self._require_kernels(swapped.without, len(places))
-        self.table = KernelTable(swapped.swap(), integer_instructions())
+        self.table = KernelTable(swapped.swap(), gpu_in_words() if on == {"cuda"} else integer_instructions())
+        keep_freed_memory()
         self._swapped = swapped
         if self.compile:
             self._compiled = [child for child in model.children() if any(m in layers.values() for m in child.modules())]
@@ -162,6 +170,7 @@ class KernelSwap(Callback):
         if self._swapped is not None:
             self._swapped.give_back()
             self._swapped = None
+            give_freed_memory_back()
 
     # ---------------------------------------------------------------- private
 

@@ -22,6 +22,7 @@ from lightning_quant.kernels.sparse_attention import (
     SparseSite,
     Sparsity,
     TokenLayout,
+    Workspace,
     find_layout,
     read_mask,
 )
@@ -61,6 +62,8 @@ class RectifiedSparseAttention(AttentionOverride):
         rectify: ``"critical"`` (the factor R) and ``"noncritical"`` (the sum); with ``()`` plain sparse attention.
         backend: ``"triton"``, ``"flex"`` (CUDA) or ``"torch"`` (anywhere); ``"auto"``: the first that can serve.
         dense_first_frame: whether the blocks of the first frame all keep each other, as Wan wants it.
+        int8_scores: whether the kernel rounds queries and keys to 8 bits, with a scale for every block. Triton then
+            multiplies integers; the torch backend multiplies what they stand for, and gains nothing.
 
     Raises:
         ValueError: at the first batch, if no attention can be sparse, or grid, prefix and suffix fit no sequence.
@@ -86,6 +89,7 @@ class RectifiedSparseAttention(AttentionOverride):
         rectify: Sequence[Literal["critical", "noncritical"]] = ("critical", "noncritical"),
         backend: Backend = "auto",
         dense_first_frame: bool = False,
+        int8_scores: bool = False,
     ) -> None:
         super().__init__()
         if block < 1 or warmup_steps < 0:
@@ -95,8 +99,8 @@ class RectifiedSparseAttention(AttentionOverride):
         self.block, self.order, self.dense_first_frame = block, order, dense_first_frame
         self.grid, self.prefix_tokens, self.suffix_tokens = grid, prefix_tokens, suffix_tokens
         self.warmup_steps, self.dense_layers = warmup_steps, list(dense_layers)
-        self.sparsity = Sparsity(drop_rate, p_remain, tuple(rectify), backend)
-        self._steps = DenoisingSteps()
+        self.sparsity = Sparsity(drop_rate, p_remain, tuple(rectify), backend, int8_scores)
+        self._steps, self._workspace = DenoisingSteps(), Workspace()
         self._sites: dict[str, SparseSite] = {}
 
     def facts(self) -> dict[str, SiteFacts]:
@@ -136,7 +140,9 @@ class RectifiedSparseAttention(AttentionOverride):
                 f"warmup_steps={self.warmup_steps} needs a denoiser that is called with a timestep, and no module "
                 f"around the attention takes one; warmup_steps=0 makes every call sparse"
             )
-        self._sites = {site: SparseSite(known, self.sparsity, self._resting) for site, known in layouts.items()}
+        self._sites = {
+            site: SparseSite(known, self.sparsity, self._resting, self._workspace) for site, known in layouts.items()
+        }
         sparse = Counter(layout for site in self._sites.values() for layout in site.facts.layouts)
         dense = Counter(reason for site, reason in reasons.items() if site not in layouts)
         notes = [f"{count} sites over {layout} in blocks of {self.block}" for layout, count in sparse.items()]
@@ -152,6 +158,7 @@ class RectifiedSparseAttention(AttentionOverride):
     def give_back(self) -> None:
         """Give every module its own attention back."""
         self._steps.forget()
+        self._workspace.clear()
         super().give_back()
 
     # ---------------------------------------------------------------- private

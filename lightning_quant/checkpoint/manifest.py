@@ -153,7 +153,8 @@ def rebuilt_or_as_it_was(model: nn.Module, record: Record) -> Iterator[None]:
 
 
 def _structure(plans: dict[str, Plan]) -> dict[str, Any]:
-    return {key: (plan.layers, plan.attention, plan.created, plan.rotations, plan.steps) for key, plan in plans.items()}
+    parts = ("layers", "attention", "created", "rotations", "steps", "positions")
+    return {key: tuple(getattr(plan, part) for part in parts) for key, plan in plans.items()}
 
 
 def make_float(model: nn.Module, record: Record, drop_created: bool = True) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.layers import AttentionSite, QuantAttention, QuantMultiheadAttention
+from lightning_quant.layers.integers import is_watched
 from lightning_quant.layers.routing import Route
 
 AttentionFunction = Callable[..., Tensor]
@@ -30,7 +31,9 @@ class KernelAttention(QuantAttention):
     kernel: Kernel
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the kernel."""
+        """Run the kernel, unless somebody watches how operands are rounded."""
+        if any(is_watched(quantizer) for quantizer in self.activation_quantizers().values()):
+            return self.simulate(*args, **kwargs)
         return cast(Tensor, self.kernel.run(self, *args, **kwargs))
 
     def simulate(self, *args: Any, **kwargs: Any) -> Tensor:

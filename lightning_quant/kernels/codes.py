@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_quant.quantizers import UniformQuantizer
 
 CENTRE = 128  # of the codes of 8 bits
+PIECE = 2**18  # floats that are worked on at a time: they stay in the processor's cache
 
 
 class Grid(NamedTuple):
@@ -58,23 +59,32 @@ class Grid(NamedTuple):
 
     def unsigned(self, x: Tensor) -> Tensor:
         """uint8 codes: n counted from the lowest one."""
-        steps = torch.mul(x.float(), self.inverse).round_().add_(self.zero_point)
-        return to_uint8(steps.clamp_(0, self.highest - self.lowest))
+        return self._bytes(x, self.zero_point - CENTRE).view(torch.uint8).add_(CENTRE)
 
     def signed(self, x: Tensor) -> Tensor:
         """int8 codes: n with the offset added."""
-        return self._steps(torch.mul(x.float(), self.inverse)).to(torch.int8)
+        return self._bytes(x, self.offset)
 
     def signed_(self, x: Tensor, out: Tensor) -> Tensor:
-        """The same of a float32 tensor that nobody needs any more, into an int8 tensor."""
-        return out.copy_(self._steps(x.mul_(self.inverse)))
+        """The same of a float32 tensor into an int8 tensor; the first one is left with whole numbers."""
+        return out.copy_(self._round_(x.mul_(self.inverse), self.offset))
 
-    def _steps(self, steps: Tensor) -> Tensor:
-        offset = self.offset
+    def _bytes(self, x: Tensor, offset: int) -> Tensor:
+        """int8 tensors are made, as torch converts to uint8 several times slower, and large ones piece by piece."""
+        x = x.detach()
+        if torch.compiler.is_compiling() or x.numel() < 2 * PIECE or not x.is_contiguous():
+            return self._round_(torch.mul(x.float(), self.inverse), offset).to(torch.int8)
+        out, work = torch.empty(x.shape, dtype=torch.int8), torch.empty(PIECE)
+        for piece, codes in zip(x.view(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):
+            steps = torch.mul(piece.float(), self.inverse, out=work[: len(piece)])
+            codes.copy_(self._round_(steps, offset))
+        return out
+
+    def _round_(self, steps: Tensor, offset: int) -> Tensor:
         steps = steps.round_().add_(offset) if offset else steps.round_()
         return steps.clamp_(self.lowest + offset, self.highest + offset)
 
 
 def to_uint8(steps: Tensor) -> Tensor:
-    """Whole floats from 0 to 255, which nobody needs any more, as bytes; torch makes int8 several times faster."""
+    """Whole floats from 0 to 255, which nobody needs any more, as bytes."""
     return steps.sub_(CENTRE).to(torch.int8).view(torch.uint8).add_(CENTRE)

@@ -10,14 +10,13 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lightning_quant.kernels.codes import Grid
+from lightning_quant.kernels.codes import PIECE, Grid
 from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import AttentionSpec
 from lightning_quant.layers import QuantAttention
 from lightning_quant.layers.base import through
 from lightning_quant.quantizers import UniformQuantizer
 
-PIECE = 2**18  # elements of the attention map that are worked on at a time: they stay in the processor's cache
 ONE_BY_ONE = 2**19  # multiplications from which on a product of bytes by itself is faster than a batch of float ones
 LONGEST_FLOAT_SUM = 2**24 // 128**2  # of products of two bytes, so that float32 holds it exactly
 
@@ -30,8 +29,8 @@ class Int8Attention(Kernel):
     .. math:: \sum_d q_{ld} k_{jd} = s_q s_k \Big( \sum_d \tilde q_{ld} \tilde k_{jd} - o_q \sum_d \tilde k_{jd}
               - o_k \sum_d \tilde q_{ld} + D \, o_q o_k \Big)
 
-    and so for the probabilities and the values. The map is made piece by piece. Probabilities that are no plain integers
-    of at most 8 bits meet the values in float.
+    and so for the probabilities and the values. The map is made piece by piece. Probabilities that are no plain
+    integers of at most 8 bits meet the values in float.
     """
 
     name: ClassVar[str] = "int8 attention (oneDNN)"
@@ -107,10 +106,11 @@ class Int8Attention(Kernel):
         """(n, l, S) and (n, S, Ev) int8 -> (n, l, Ev)."""
         if self.probabilities is None:
             maps = through(attention.probabilities_quantizer, maps)
-            torch.mul(maps @ v.float().sub_(self.value.offset), self.value.scale, out=out)
+            torch.matmul(maps, v.float().sub_(self.value.offset).mul_(self.value.scale), out=out)
             return
         p = self.probabilities.signed_(maps, piece.codes)
-        sums = _multiply(p, v, piece.answers, self.probabilities.offset, self.value.offset)
+        totals = maps.sum(-1, keepdim=True).to(torch.int32) if self.value.offset else None  # faster than of bytes
+        sums = _multiply(p, v, piece.answers, self.probabilities.offset, self.value.offset, totals)
         torch.mul(sums, self.probabilities.scale * self.value.scale, out=out)
 
 
@@ -163,9 +163,12 @@ def sums_are_exact() -> bool:
     return torch.equal(torch._int_mm(left, right).long(), left.long() @ right.long())
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor, left_offset: int, right_offset: int) -> Tensor:
+def _multiply(
+    left: Tensor, right: Tensor, out: Tensor, left_offset: int, right_offset: int, totals: Tensor | None = None
+) -> Tensor:
     """Products of integers that are held with offsets, (n, l, e) and (n, e, s) int8 -> (n, l, s) int32.
 
+    ``totals`` are the sums of the rows of ``left``, where they are known.
     torch has no batched product of bytes: large ones are made one by one, and small ones in float32, which is exact.
     """
     shared = left.size(2)
@@ -177,7 +180,8 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, left_offset: int, right_
     if left_offset:
         out -= (right.sum(1, keepdim=True, dtype=torch.int32) - shared * right_offset) * left_offset
     if right_offset:
-        out -= left.sum(2, keepdim=True, dtype=torch.int32) * right_offset
+        totals = left.sum(2, keepdim=True, dtype=torch.int32) if totals is None else totals
+        out -= totals * right_offset
     return out
 
 

@@ -33,7 +33,7 @@ class Int8Conv(Kernel):
         assert isinstance(layer, torch.nn.Conv2d) and not isinstance(layer.padding, str)
         self.lowest_weight = weights.scheme.qmin
         codes = (weights.encode(layer.weight.detach()) + self.lowest_weight).to(torch.int8)
-        self.place = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]
+        self.place = list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
         self.grid = Grid.of(inputs)
         scale = (weights.scale * inputs.scale).expand(len(codes)).contiguous()
         packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, self.grid.zero_point, *self.place, None)
@@ -75,13 +75,67 @@ class Int8Conv(Kernel):
         x = cast(Tensor, args[0] if args else next(iter(kwargs.values())))
         images = x if x.dim() == 4 else x.unsqueeze(0)
         codes = self.grid.unsigned(images.contiguous(memory_format=torch.channels_last))
-        zeros = torch.zeros(len(self.scale), dtype=torch.int64)
-        out: Tensor = torch.ops.onednn.qconv_pointwise(
-            codes, 1.0, self.grid.zero_point, self.packed, self.scale, zeros, self.bias, *self.place,
-            1.0, 0, output_dtype(x), "none", [], "",
-        )  # fmt: skip
+        convolve = _compiled_convolve if torch.compiler.is_compiling() else _convolve
+        out: Tensor = convolve(
+            codes, self.packed, self.scale, self.bias, self.grid.zero_point, *self.place, output_dtype(x)
+        )
         return out if x.dim() == 4 else out.squeeze(0)
 
     def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
         """The codes of the weight."""
         return self.packed.to_dense().to(torch.int32) - self.lowest_weight
+
+
+def _convolve(
+    codes: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    zero_point: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    place = (stride, padding, dilation, groups)
+    out: Tensor = torch.ops.onednn.qconv_pointwise(
+        codes, 1.0, zero_point, packed, scale, zeros, bias, *place, 1.0, 0, dtype, "none", [], ""
+    )
+    return out
+
+
+@torch.library.custom_op("lightning_quant::onednn_convolution", mutates_args=())
+def _compiled_convolve(
+    codes: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    zero_point: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same as an operator that the compiler does not look into."""
+    return _convolve(codes, packed, scale, bias, zero_point, stride, padding, dilation, groups, dtype)
+
+
+@_compiled_convolve.register_fake
+def _shape_of_convolution(
+    codes: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    zero_point: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    sizes = zip(codes.shape[2:], packed.shape[2:], stride, padding, dilation, strict=True)
+    image = [(size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in sizes]
+    return codes.new_empty(len(codes), len(scale), *image, dtype=dtype).to(memory_format=torch.channels_last)

@@ -126,7 +126,8 @@ def signed_codes(quantizer: UniformQuantizer, rows: Tensor) -> tuple[Tensor, Ten
 
 def output_dtype(x: Tensor) -> torch.dtype:
     """What a float layer would answer in."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _windows_do_not_overlap(spec: LayerSpec) -> bool:

@@ -169,7 +169,31 @@ def _multiply(
     dtype: torch.dtype,
     zero_point: int = 0,
 ) -> Tensor:
-    out: Tensor = torch.ops.onednn.qlinear_pointwise(
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out = _compiled_multiply(codes, packed, scale, zeros, bias, dtype, zero_point)
+        return out
+    out = torch.ops.onednn.qlinear_pointwise(
         codes, 1.0, zero_point, packed, scale, zeros, bias, 1.0, 0, dtype, "none", [], ""
     )
     return out
+
+
+@torch.library.custom_op("lightning_quant::onednn_product", mutates_args=())
+def _compiled_multiply(
+    codes: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    zero_point: int,
+) -> Tensor:
+    """The same as an operator that the compiler does not look into: it wants packed weights to be constants."""
+    return _multiply(codes, packed, scale, zeros, bias, dtype, zero_point)
+
+
+@_compiled_multiply.register_fake
+def _shape_of_product(codes: Tensor, packed: Tensor, scale: Tensor, *rest: object) -> Tensor:
+    dtype = next(x for x in rest if isinstance(x, torch.dtype))
+    return codes.new_empty(len(codes), len(scale), dtype=dtype)

@@ -21,12 +21,14 @@ class Kernel(nn.Module, ABC):
         name: as tables show it.
         kinds: the float classes of the layers that it is for.
         device: the type of device that it runs on.
+        backends: the names under which ``KernelSwap`` takes it, beside ``"auto"``, which takes all.
         low_bit: whether its products are of integers, rather than of floats on the grid.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[frozenset[str]]
     device: ClassVar[str] = "cpu"
+    backends: ClassVar[frozenset[str]] = frozenset({"torch"})
     low_bit: ClassVar[bool] = True
 
     @classmethod

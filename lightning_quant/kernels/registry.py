@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_quant.kernels.cuda.fp8 import Fp8Linear
+from lightning_quant.kernels.cuda.int4 import TritonInt4Weights
+from lightning_quant.kernels.cuda.int8 import TritonInt8Linear
 from lightning_quant.kernels.decoded import DecodedWeights
 from lightning_quant.kernels.int8_attention import Int8Attention
 from lightning_quant.kernels.int8_conv import Int8Conv
@@ -16,7 +19,10 @@ from lightning_quant.kernels.spec import AnySpec
 from lightning_quant.kernels.weight_only import Int4Weights, Int8Weights
 
 # The first one that takes a layer answers for it.
-KERNELS: tuple[type[Kernel], ...] = (Int8Linear, Int8Conv, Int4Weights, Int8Weights, Int8Attention)
+KERNELS: tuple[type[Kernel], ...] = (
+    *(Int8Linear, Int8Conv, Int4Weights, Int8Weights, Int8Attention),  # CPU
+    *(TritonInt8Linear, TritonInt4Weights, Fp8Linear),  # CUDA
+)
 FALLBACK = DecodedWeights
 
 
@@ -33,8 +39,12 @@ class Choice:
     why_not: str | None
 
 
-def choose(spec: AnySpec) -> Choice:
+def choose(spec: AnySpec, backend: str = "auto") -> Choice:
     """The first kernel that takes a layer or an attention.
+
+    Args:
+        spec: what it is like.
+        backend: which kernels are asked; ``"auto"``: all of them.
 
     >>> import torch
     >>> from lightning_quant.kernels.spec import LayerSpec
@@ -45,10 +55,15 @@ def choose(spec: AnySpec) -> Choice:
     >>> choose(LayerSpec("Linear", "cpu", torch.float32, (32, 64), Scheme.parse("fp8_e4m3"), None)).why_not
     'its weights are fp8_e4m3'
     """
-    refusals = {kernel: kernel.why_not(spec) for kernel in KERNELS if kernel.considers(spec)}
+    refusals = {
+        kernel: kernel.why_not(spec)
+        for kernel in KERNELS
+        if kernel.considers(spec) and backend in ("auto", *kernel.backends)
+    }
     for kernel, refusal in refusals.items():
         if refusal is None:
             return Choice(kernel, None)
     why = next(reversed(refusals.values()), None)  # the last one is the most general of its kind
-    why = why or f"there is no low-bit kernel for {spec.kind} on {spec.device}"
+    those = "" if backend == "auto" else f' with backend="{backend}"'
+    why = why or f"there is no low-bit kernel for {spec.kind} on {spec.device}{those}"
     return Choice(FALLBACK, why)

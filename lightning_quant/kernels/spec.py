@@ -26,6 +26,7 @@ class LayerSpec:
         plain: whether both are plain grids: no noise, no fractional zero points, no weight shared by two formats.
         stepwise: whether the input's scale depends on the step of a denoising trajectory.
         conv: stride, padding, dilation, groups and padding mode of a convolution.
+        capability: compute capability of its GPU; (0, 0) elsewhere.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class LayerSpec:
     plain: bool = True
     conv: tuple[Any, ...] | None = None
     stepwise: bool = False
+    capability: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, layer: QuantizedLayer) -> LayerSpec:
@@ -60,6 +62,7 @@ class LayerSpec:
             and all(quantizer is None or _is_plain(quantizer) for quantizer in (weights, inputs)),
             conv,
             isinstance(inputs, StepQuantizer),
+            torch.cuda.get_device_capability(rows.device) if rows.is_cuda else (0, 0),
         )
 
     @property

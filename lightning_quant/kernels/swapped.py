@@ -26,11 +26,14 @@ class SwappedKernels:
         measure: run the low-bit kernel of every layer beside the float product in its first call, and keep the faster
             one.
         keep: drop the float weights; then nothing comes back.
+        backend: which kernels are asked.
     """
 
-    def __init__(self, places: Mapping[str, tuple[Swappable, AnySpec]], measure: bool, keep: bool) -> None:
+    def __init__(
+        self, places: Mapping[str, tuple[Swappable, AnySpec]], measure: bool, keep: bool, backend: str = "auto"
+    ) -> None:
         self.places = {name: place for name, (place, _) in places.items()}
-        self.choices: dict[str, Choice] = {name: choose(spec) for name, (_, spec) in places.items()}
+        self.choices: dict[str, Choice] = {name: choose(spec, backend) for name, (_, spec) in places.items()}
         self.formats = {name: spec.formats for name, (_, spec) in places.items()}
         self.measure, self.keep = measure, keep
         self._swapped: dict[str, KernelLayer | KernelAttention] = {}

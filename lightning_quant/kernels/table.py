@@ -33,7 +33,7 @@ class KernelTable:
 
     Args:
         rows: one for every quantized layer and attention site.
-        cpu: what the CPU has for integers, in words.
+        cpu: what the processor has for integers, or which GPU it is, in words.
 
     >>> row = KernelRow("head", "int8 (oneDNN)", "int8_sym_channel x int8_asym_tensor")
     >>> print(KernelTable([row]).summary())

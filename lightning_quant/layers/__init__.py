@@ -3,6 +3,7 @@
 from lightning_quant.layers.as_it_was import WeightsAsTheyWere
 from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer
+from lightning_quant.layers.block_rotation import BlockRotation, multiply_blocks
 from lightning_quant.layers.cached import (
     CachedModule,
     KeptFeatures,
@@ -30,7 +31,8 @@ from lightning_quant.layers.low_rank import LowRank
 from lightning_quant.layers.multihead import QuantMultiheadAttention
 from lightning_quant.layers.patch_bits import PatchBits
 from lightning_quant.layers.plan import AttentionPlan, LayerPlan, Plan
-from lightning_quant.layers.rotation import Rotation, RotationPlan, any_kind, rotates
+from lightning_quant.layers.positions import PositionPlan, decoder_of, takes_positions
+from lightning_quant.layers.rotation import Rotation, RotationPlan, SmoothedRotation, any_kind, online_rotation, rotates
 from lightning_quant.layers.routing import MATMULS, SOFTMAXES, AttentionSite, softmax_is_last
 from lightning_quant.layers.step_correction import StepCorrection, corrected_part
 from lightning_quant.layers.steps import StepPlan, require_schedule
@@ -54,12 +56,14 @@ __all__ = [
     "AttentionPlan",
     "AttentionSchemes",
     "AttentionSite",
+    "BlockRotation",
     "CachedModule",
     "KeptFeatures",
     "LayerPlan",
     "LowRank",
     "PatchBits",
     "Plan",
+    "PositionPlan",
     "QuantAttention",
     "QuantConv1d",
     "QuantConv2d",
@@ -69,6 +73,7 @@ __all__ = [
     "QuantizedLayer",
     "Rotation",
     "RotationPlan",
+    "SmoothedRotation",
     "StepCorrection",
     "StepPlan",
     "WeightsAsTheyWere",
@@ -80,6 +85,7 @@ __all__ = [
     "corrected_part",
     "create_bias",
     "created_biases",
+    "decoder_of",
     "deep_feature",
     "drop_bias",
     "given_timesteps",
@@ -91,7 +97,9 @@ __all__ = [
     "learn_scales",
     "learned_parameters",
     "learned_quantizers",
+    "multiply_blocks",
     "on_trajectory",
+    "online_rotation",
     "quantize_attention",
     "quantize_layer",
     "release",
@@ -103,6 +111,7 @@ __all__ = [
     "softmax_is_last",
     "stop_caching",
     "structure_kept",
+    "takes_positions",
     "timestep_argument",
     "twin_of",
     "weight_rows",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.layers.base import through
+from lightning_quant.layers.integers import integer_grid, sums_are_exact
 from lightning_quant.quantizers import Quantizer, Scheme, build_quantizer
 
 
@@ -72,10 +73,12 @@ class QuantAttention(nn.Module):
         query (..., L, E), key (..., S, E), value (..., S, Ev) -> (..., L, Ev)
         """
         probabilities = self.probabilities(query, key, attn_mask, is_causal, scale, enable_gqa)
-        value = through(self.value_quantizer, value)
         if enable_gqa:
             value = value.repeat_interleave(query.size(-3) // value.size(-3), dim=-3)
-        return F.dropout(probabilities, dropout_p).to(value.dtype) @ value
+        p, v = integer_grid(self.probabilities_quantizer), integer_grid(self.value_quantizer)
+        if p is not None and v is not None and not dropout_p and sums_are_exact(probabilities, value):
+            return (p.integers(probabilities) @ v.integers(value)).mul_(p.scale.double() * v.scale)
+        return F.dropout(probabilities, dropout_p).to(value.dtype) @ through(self.value_quantizer, value)
 
     def probabilities(
         self,
@@ -87,10 +90,9 @@ class QuantAttention(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         """The quantized attention map: (..., L, S)."""
-        query, key = through(self.query_quantizer, query), through(self.key_quantizer, key)
         if enable_gqa:
             key = key.repeat_interleave(query.size(-3) // key.size(-3), dim=-3)
-        scores = query @ key.transpose(-2, -1) * (query.size(-1) ** -0.5 if scale is None else scale)
+        scores = self._scores(query, key, query.size(-1) ** -0.5 if scale is None else scale)
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if attn_mask is None:
@@ -101,3 +103,10 @@ class QuantAttention(nn.Module):
             scores = scores + attn_mask
         nothing_to_see = scores.isneginf().all(-1, keepdim=True)  # torch's kernels answer 0 for such a row, softmax NaN
         return through(self.probabilities_quantizer, scores.softmax(-1).masked_fill(nothing_to_see, 0.0))
+
+    def _scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        q, k = integer_grid(self.query_quantizer), integer_grid(self.key_quantizer)
+        if q is not None and k is not None and sums_are_exact(query, key):
+            return (q.integers(query) @ k.integers(key).transpose(-2, -1)).mul_(q.scale.double() * k.scale * scale)
+        query, key = through(self.query_quantizer, query), through(self.key_quantizer, key)
+        return query @ key.transpose(-2, -1) * scale

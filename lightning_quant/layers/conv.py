@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_quant.layers.base import QuantizedLayer, through
+from lightning_quant.layers.integers import integer_product
 
 
 class QuantConv1d(QuantizedLayer, nn.Conv1d):
@@ -15,6 +16,9 @@ class QuantConv1d(QuantizedLayer, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
+        exact = integer_product(self, input, self._conv_forward, axis=1 - self.weight.dim())
+        if exact is not None:
+            return exact
         out: Tensor = self._conv_forward(through(self.input_quantizer, input), self.quantized(), self.full_bias())
         return out
 
@@ -27,5 +31,8 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
+        exact = integer_product(self, input, self._conv_forward, axis=1 - self.weight.dim())
+        if exact is not None:
+            return exact
         out: Tensor = self._conv_forward(through(self.input_quantizer, input), self.quantized(), self.full_bias())
         return out

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from lightning_quant.layers.base import QuantizedLayer, through
+from lightning_quant.layers.integers import integer_product
 
 
 class QuantConv1D(QuantizedLayer, Conv1D):
@@ -19,6 +20,9 @@ class QuantConv1D(QuantizedLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
+        exact = integer_product(self, x, lambda steps, weight, bias: steps @ weight)
+        if exact is not None:
+            return exact
         x = through(self.input_quantizer, x)
         bias = cast(Tensor, self.full_bias())
         return torch.addmm(bias, x.reshape(-1, x.shape[-1]), self.quantized()).view(*x.shape[:-1], self.nf)

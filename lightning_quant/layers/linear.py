@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_quant.layers.base import QuantizedLayer, through
+from lightning_quant.layers.integers import integer_product
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -16,6 +17,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer on quantized operands."""
+        exact = integer_product(self, input, F.linear)
+        if exact is not None:
+            return exact
         return F.linear(through(self.input_quantizer, input), self.quantized(), self.full_bias())
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_quant.layers.attention import AttentionSchemes, QuantAttention
 from lightning_quant.layers.base import QuantizedLayer
+from lightning_quant.layers.positions import PositionPlan
 from lightning_quant.layers.rotation import RotationPlan
 from lightning_quant.layers.routing import AttentionSite
 from lightning_quant.layers.step_correction import drop_correction
@@ -92,6 +93,7 @@ class Plan:
         calibration: on how many samples it was calibrated and where these came from, in words.
         step: what was done to float weights: ``"rewrite"``, ``"absorb"`` or ``"decide"``.
         steps: which scales depend on the step of a denoising trajectory, ``None`` for none.
+        positions: which depend on the position of a token in its sequence, ``None`` for none.
 
     >>> net = nn.Sequential(nn.Linear(4, 2))
     >>> plan = Plan("Demo", {}, layers={"0": LayerPlan("int8_sym_channel", None)})
@@ -115,6 +117,7 @@ class Plan:
     calibration: str = ""
     step: str = "decide"
     steps: StepPlan | None = None
+    positions: PositionPlan | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as nested dicts, for JSON."""
@@ -127,8 +130,9 @@ class Plan:
         attention = {name: AttentionPlan(**site) for name, site in stored["attention"].items()}
         rotations = [RotationPlan.from_dict(rotation) for rotation in stored.get("rotations", ())]
         steps = StepPlan(**stored["steps"]) if stored.get("steps") else None
-        parts = {"layers": layers, "attention": attention, "rotations": rotations, "steps": steps}
-        return cls(**{**stored, **parts})
+        positions = PositionPlan(**stored["positions"]) if stored.get("positions") else None
+        parts = {"layers": layers, "attention": attention, "rotations": rotations}
+        return cls(**{**stored, **parts, "steps": steps, "positions": positions})
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that lacks a planned layer, before anything is changed.
@@ -138,8 +142,9 @@ class Plan:
         """
         modules = dict(model.named_modules())
         rotated = [name for rotation in self.rotations for name in rotation.names]
-        steps = [] if self.steps is None else [self.steps.denoiser, *self.steps.owners]
-        for name in [*self.layers, *self.attention, *self.created, *rotated, *steps]:
+        tables = [] if self.steps is None else [self.steps.denoiser, *self.steps.owners]
+        tables += [] if self.positions is None else [self.positions.decoder or "", *self.positions.owners]
+        for name in [*self.layers, *self.attention, *self.created, *rotated, *tables]:
             if name not in modules:
                 raise ValueError(
                     f"the plan of {self.method} names a layer `{name}`, which {type(model).__name__} does not have"
@@ -183,8 +188,9 @@ class Plan:
         for name in self.created:
             module = model.get_submodule(name)
             create_bias(module, like=weight_rows(module).reshape(len(weight_rows(module)), -1)[:, 0])
-        if self.steps is not None:
-            self.steps.apply(model)
+        for tables in (self.steps, self.positions):
+            if tables is not None:
+                tables.apply(model)
 
     def undo(self, model: nn.Module) -> None:
         """Take out what was planned; Parameters stay as they are, created biases too."""
@@ -197,8 +203,9 @@ class Plan:
                 release(modules[name], layer.slots)
         for rotation in self.rotations:
             rotation.take_offline(model)
-        if self.steps is not None:
-            self.steps.undo(model)
+        for tables in (self.steps, self.positions):
+            if tables is not None:
+                tables.undo(model)
 
     def forget_created(self, model: nn.Module) -> None:
         """Take the created biases away, because float weights that never knew them are to be loaded."""
@@ -216,6 +223,8 @@ class Plan:
         if layer is not None:
             release(module, layer.slots)
         self.skipped[name] = why
+        if self.positions is not None:
+            self.positions.owners.pop(name, None)
         if self.steps is not None and name in self.steps.owners:
             self.steps.owners.remove(name)
             drop_correction(model.get_submodule(name))

@@ -13,8 +13,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.layers.block_rotation import BlockRotation
 from lightning_quant.layers.hadamard import factors, fast_sylvester, has_hadamard, paley
 from lightning_quant.layers.swap import weight_rows
+from lightning_quant.quantizers import OwnPrecision
 
 Kind = Literal["hadamard", "kronecker", "random", "block"]
 KINDS = ("hadamard", "kronecker", "random", "block")
@@ -141,12 +143,55 @@ class Rotation(nn.Module):
         return f"{self.size}, block={self.block}, base={len(self.base)}, twos={self.twos}"
 
 
+class SmoothedRotation(OwnPrecision):
+    r"""Multiplies each channel with a number of its own, and rotates what that gives: :math:`x \mapsto (x \odot c) Q`.
+
+    The numbers are part of the state dict, 1 until they are set.
+
+    Args:
+        size: number of channels.
+        kind: of the rotation, as in :class:`Rotation`; ``"greedy"`` for a
+            :class:`~lightning_quant.layers.BlockRotation`, ``"none"`` for no rotation at all.
+        seed: the same.
+        block: the same.
+
+    >>> smoothed, layer, x = SmoothedRotation(4, seed=0), nn.Linear(4, 2, bias=False), torch.randn(3, 4)
+    >>> _ = smoothed.scale.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    >>> torch.allclose(smoothed(x) @ smoothed.fold(layer.weight).T, layer(x), atol=1e-6)
+    True
+    """
+
+    scale: Tensor
+
+    def __init__(self, size: int, kind: str = "hadamard", seed: int | None = None, block: int | None = None) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(size))
+        self.rotation: Rotation | BlockRotation | None = None
+        if kind == "greedy":
+            self.rotation = BlockRotation(size, block or 128)
+        elif kind != "none":
+            self.rotation = Rotation(size, kind, seed, block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and rotate the last axis, in at least float32."""
+        working = x if x.dtype == torch.float64 else x.float()
+        return self._rotated(working * self.scale.to(working.dtype)).to(x.dtype)
+
+    def fold(self, weight: Tensor, inverse: bool = False) -> Tensor:
+        """The weight (out, C) that on what this returns computes what the given one did on its input; and back."""
+        scale = self.scale.to(weight.dtype)
+        return self._rotated(weight, inverse=True) * scale if inverse else self._rotated(weight / scale)
+
+    def _rotated(self, x: Tensor, inverse: bool = False) -> Tensor:
+        return x if self.rotation is None else cast(Tensor, self.rotation(x, inverse))
+
+
 @dataclass
 class RotationPlan:
     """One rotation of a model: the weights that it was multiplied into, and where it runs online.
 
     Args:
-        kind: see :class:`Rotation`.
+        kind: see :class:`Rotation`; of a smoothed one see :class:`SmoothedRotation`.
         seed: the same.
         block: the same; ``None``: all channels.
         keeps_mean: the same.
@@ -154,6 +199,7 @@ class RotationPlan:
         writes: layers whose output channels are, :math:`Q^T W`, each as (name, first row, row behind the last); the
             rows of an embedding are vectors of these channels.
         online: where Q runs in the forward, by layer.
+        smoothed: whether each channel is multiplied with a number before, which the state dict holds.
     """
 
     kind: str
@@ -163,6 +209,7 @@ class RotationPlan:
     reads: list[str] = field(default_factory=list)
     writes: list[tuple[str, int, int]] = field(default_factory=list)
     online: dict[str, Place] = field(default_factory=dict)
+    smoothed: bool = False
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> RotationPlan:
@@ -183,7 +230,9 @@ class RotationPlan:
         for name, place in self.online.items():
             layer = model.get_submodule(name)
             rows = weight_rows(layer) if place == "input" else cast(Tensor, layer.weight)
-            rotate_online(layer, self.rotation(rows.shape[-1]), place)
+            size = rows.shape[-1]
+            smoothed = SmoothedRotation(size, self.kind, self.seed, self.block) if self.smoothed else None
+            rotate_online(layer, smoothed or self.rotation(size), place)
 
     def take_offline(self, model: nn.Module) -> None:
         """Let it run nowhere any more; the weights stay as they are."""
@@ -202,7 +251,7 @@ def any_kind(size: int) -> Kind:
     return "hadamard" if has_hadamard(size) else "kronecker"
 
 
-def rotate_online(layer: nn.Module, rotation: Rotation, place: Place) -> None:
+def rotate_online(layer: nn.Module, rotation: Rotation | SmoothedRotation, place: Place) -> None:
     """Let a layer rotate what it reads, or what it returns, from now on.
 
     >>> layer, x = nn.Linear(4, 2, bias=False), torch.randn(3, 4)
@@ -220,6 +269,11 @@ def rotate_online(layer: nn.Module, rotation: Rotation, place: Place) -> None:
         layer.register_forward_hook(_rotate_output)
     else:
         layer.register_forward_pre_hook(_rotate_input if place == "input" else _rotate_input_back)
+
+
+def online_rotation(layer: nn.Module) -> Rotation | SmoothedRotation:
+    """What a layer rotates online with."""
+    return cast("Rotation | SmoothedRotation", layer.get_submodule(_CHILD))
 
 
 def stop_rotating(layer: nn.Module) -> None:

@@ -114,6 +114,17 @@ class DiffusionMixin(_Base):
             for name, value in conditions.items()
         }
 
+    def unconditional_batch(self, batch: Any) -> Any:
+        """A batch without its conditions: those of the unconditional half are in their place."""
+        if isinstance(batch, Mapping) and "conditions" in batch:  # recorded moments
+            return {**batch, "conditions": self.without_conditions(batch["conditions"])}
+        conditions = self.without_conditions(self.parts(batch)[2])
+        if isinstance(batch, Mapping):
+            return {**batch, **conditions}
+        first, *rest = batch
+        named = dict(zip(self.conditions, rest, strict=False))
+        return [first, *({**named, **conditions}[name] for name in named), *rest[len(named) :]]
+
     # ---------------------------------------------------------------- sampling
 
     def inference_scheduler(self) -> Any:

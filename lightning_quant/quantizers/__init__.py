@@ -20,6 +20,7 @@ from lightning_quant.quantizers.logarithmic import (
 from lightning_quant.quantizers.noisy import NoisyQuantizer
 from lightning_quant.quantizers.observers import Observer, refuse_nonfinite
 from lightning_quant.quantizers.own_precision import OwnPrecision
+from lightning_quant.quantizers.positions import PositionObserver, PositionQuantizer, Positions
 from lightning_quant.quantizers.quantiles import quantile
 from lightning_quant.quantizers.ranges import Distribution, RangeRule, search
 from lightning_quant.quantizers.scheme import Scheme
@@ -27,6 +28,7 @@ from lightning_quant.quantizers.sparse import Mask, Pattern
 from lightning_quant.quantizers.steps import StepObserver, StepQuantizer, Steps
 from lightning_quant.quantizers.tangent import ArctangentQuantizer, TangentQuantizer, bend, unbend
 from lightning_quant.quantizers.twin import TwinQuantizer, UnsignedTwinQuantizer
+from lightning_quant.quantizers.twin_log import TwinLogQuantizer, one_sided_steps
 from lightning_quant.quantizers.uniform import UniformQuantizer, dequantize, fake_quantize, quantize, uniform_state
 
 __all__ = [
@@ -42,6 +44,9 @@ __all__ = [
     "Observer",
     "OwnPrecision",
     "Pattern",
+    "PositionObserver",
+    "PositionQuantizer",
+    "Positions",
     "Quantizer",
     "RangeRule",
     "Scheme",
@@ -49,6 +54,7 @@ __all__ = [
     "StepQuantizer",
     "Steps",
     "TangentQuantizer",
+    "TwinLogQuantizer",
     "TwinQuantizer",
     "UniformQuantizer",
     "UnsignedTwinQuantizer",
@@ -67,6 +73,7 @@ __all__ = [
     "log_dequantize_by_parity",
     "log_fake_quantize",
     "log_quantize",
+    "one_sided_steps",
     "out_of_groups",
     "quantile",
     "quantize",

@@ -8,6 +8,7 @@ from lightning_quant.quantizers.logarithmic import LogQuantizer
 from lightning_quant.quantizers.scheme import Scheme
 from lightning_quant.quantizers.tangent import ArctangentQuantizer, TangentQuantizer
 from lightning_quant.quantizers.twin import TwinQuantizer, UnsignedTwinQuantizer
+from lightning_quant.quantizers.twin_log import TwinLogQuantizer
 from lightning_quant.quantizers.uniform import UniformQuantizer
 
 __all__ = ["build_quantizer"]
@@ -16,7 +17,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     quantizer.kind: quantizer
     for quantizer in (
         *(UniformQuantizer, FloatQuantizer, LogQuantizer, TangentQuantizer, ArctangentQuantizer),
-        *(TwinQuantizer, UnsignedTwinQuantizer),
+        *(TwinQuantizer, UnsignedTwinQuantizer, TwinLogQuantizer),
     )
 }
 

@@ -11,6 +11,7 @@ from lightning_quant.quantizers.logarithmic import STEPS_PER_OCTAVE, LogQuantize
 from lightning_quant.quantizers.noisy import NoisyQuantizer
 from lightning_quant.quantizers.tangent import TangentQuantizer
 from lightning_quant.quantizers.twin import TwinQuantizer
+from lightning_quant.quantizers.twin_log import TwinLogQuantizer
 
 __all__ = ["from_steps", "levels", "to_steps"]
 
@@ -39,6 +40,8 @@ def levels(quantizer: Quantizer) -> Tensor:
         return torch.arange(1 - 2**scheme.bits, 1).float()
     if isinstance(quantizer, TangentQuantizer):
         return torch.arange(quantizer.last + 1).float()
+    if isinstance(quantizer, TwinLogQuantizer):
+        return torch.arange(2**scheme.bits).float() - quantizer.last - 0.5
     if isinstance(quantizer, TwinQuantizer):
         return torch.arange(2**scheme.bits).float() + quantizer.lowest
     return torch.arange(scheme.qmin, scheme.qmax + 1).float()
@@ -66,6 +69,8 @@ def to_steps(quantizer: Quantizer, x: Tensor) -> Tensor:
     """
     view = quantizer._view(x.to(torch.promote_types(x.dtype, torch.float32)))
     scale, *others = quantizer.state_for(view)
+    if isinstance(quantizer, TwinLogQuantizer):
+        return quantizer._unview(quantizer.to_ruler(view, scale, *others), x.shape)
     if isinstance(quantizer, NoisyQuantizer):
         view = view + others[1]
     steps = view / scale
@@ -105,6 +110,8 @@ def from_steps(quantizer: Quantizer, steps: Tensor) -> Tensor | None:
         places = steps / quantizer.last
         inside = places.clamp(0, 1)
         return (quantizer.from_ruler(inside, others[0]) + places - inside) * scale
+    if isinstance(quantizer, TwinLogQuantizer):
+        return quantizer.from_ruler(steps, scale, *others)
     if isinstance(quantizer, TwinQuantizer):
         return quantizer.from_ruler(steps, others[0]) * scale
     return (steps - others[0] if others else steps) * scale

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-Kind: TypeAlias = Literal["int", "float", "log", "tan", "atan", "twin", "utwin"]
+Kind: TypeAlias = Literal["int", "float", "log", "tan", "atan", "twin", "utwin", "twinlog"]
 Granularity: TypeAlias = Literal["tensor", "channel", "token", "group"]
 
 EXAMPLES = (
@@ -16,7 +16,7 @@ EXAMPLES = (
 _INTEGER = re.compile(r"(u?)int(\d+)")
 _FLOAT = re.compile(r"fp(\d+)_e(\d+)m(\d+)")
 _LOG = re.compile(r"log(2|sqrt2)_(\d+)")
-_OTHER = re.compile(r"(a?tan|u?twin)_(\d+)")
+_OTHER = re.compile(r"(a?tan|u?twin|twinlog)_(\d+)")
 _GROUP = re.compile(r"g(\d+)")
 
 
@@ -29,7 +29,8 @@ class Scheme:
     Args:
         kind: ``"int"`` (uniform grid), ``"float"`` (sign, exponent, mantissa), ``"log"`` (powers of a base), ``"tan"``
             or ``"atan"`` (a grid bent by a tangent, fine near 0 or near the largest level), ``"twin"`` or ``"utwin"``
-            (two uniform grids, for the numbers below and above 0 or for the small and the large ones).
+            (two uniform grids, for the numbers below and above 0 or for the small and the large ones), ``"twinlog"``
+            (two logarithmic ones, for the weights below and above 0).
         bits: Number of bits of one code.
         signed: ``False`` for ``uintN``: a symmetric unsigned grid starts at 0.
         symmetric: Whether the zero point is 0. Always ``True`` for all but integers.
@@ -110,8 +111,8 @@ class Scheme:
         """Reads a format string.
 
         A format is ``int2`` to ``int16``, ``uint1`` to ``uint16``, ``fpN_eXmY``, ``log2_N``, ``logsqrt2_N``, ``tan_N``,
-        ``atan_N``, ``twin_N`` or ``utwin_N``, followed by any of ``_sym _asym _tensor _channel _token _dynamic _gN``
-        in any order.
+        ``atan_N``, ``twin_N``, ``utwin_N`` or ``twinlog_N``, followed by any of ``_sym _asym _tensor _channel _token
+        _dynamic _gN`` in any order.
 
         Args:
             text: The format string; a :class:`Scheme` is returned as it is.
@@ -162,6 +163,7 @@ class Scheme:
     def family(self) -> str:
         """What formats of this kind are called."""
         names = {"int": "integer", "log": "logarithmic", "tan": "tangent", "atan": "tangent", "utwin": "twin"}
+        names["twinlog"] = "twin-log"
         return names.get(self.kind, self.kind)
 
     @property
@@ -193,7 +195,7 @@ class Scheme:
             text = f"{self.kind}{self.base or ''}_{self.bits}"
         if self.granularity == "group":
             text += f"_g{self.group_size}"
-        elif self.granularity is not None and self.kind in ("int", "float"):
+        elif self.granularity is not None and self.kind in ("int", "float", "twinlog"):
             text += f"_{self.granularity}"
         return text + ("_dynamic" if self.dynamic else "")
 
@@ -230,7 +232,7 @@ def _split_base(text: str) -> tuple[dict[str, object], list[str]]:
     if words[0].startswith("log"):
         raise _InvalidScheme(text, "a logarithmic format is written log2_N or logsqrt2_N")
     raise _InvalidScheme(
-        text, "it starts with none of intN, uintN, fpN_eXmY, log2_N, logsqrt2_N, tan_N, atan_N, twin_N"
+        text, "it starts with none of intN, uintN, fpN_eXmY, log2_N, logsqrt2_N, tan_N, atan_N, twin_N, twinlog_N"
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_quant.quantizers.base import Quantizer
 
-__all__ = ["UniformQuantizer", "dequantize", "fake_quantize", "quantize", "uniform_state"]
+__all__ = ["UniformQuantizer", "dequantize", "fake_quantize", "quantize", "round_to_integers", "uniform_state"]
 
 # The smallest normal float32: its reciprocal is finite, so a range of 0 never divides by zero.
 TINY = torch.finfo(torch.float32).tiny
@@ -43,8 +43,18 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
     learned = scale.requires_grad or zero_point.requires_grad
     if torch.is_grad_enabled() and (x.requires_grad or learned):
         return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, learned)  # type: ignore[no-any-return, no-untyped-call]
+    return round_to_integers(x, scale, zero_point, qmin, qmax).mul_(scale)
+
+
+def round_to_integers(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    r"""The integers, as floats, that :func:`fake_quantize` multiplies by the scale: 0 where ``x`` is 0.
+
+    Example:
+        >>> round_to_integers(torch.tensor([-1.0, 0.26, 9.0]), torch.tensor(0.5), torch.tensor(0.0), 0, 15)
+        tensor([ 0.,  1., 15.])
+    """
     steps = (x * scale.reciprocal()).round_()
-    return _clip_(steps, qmin - zero_point, qmax - zero_point).mul_(scale)
+    return _clip_(steps, qmin - zero_point, qmax - zero_point)
 
 
 def _clip_(steps: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
@@ -176,6 +186,12 @@ class UniformQuantizer(Quantizer):
         """Returns ``x`` on the grid; see :func:`fake_quantize`."""
         scale, zero_point = state
         return fake_quantize(x, scale, zero_point, self.scheme.qmin, self.scheme.qmax)
+
+    def integers(self, x: Tensor) -> Tensor:
+        """The integers of ``x``, 0 where it is 0, as floats; see :func:`round_to_integers`."""
+        view = self._view(x)
+        scale, zero_point = self.state_for(view)
+        return self._unview(round_to_integers(view, scale, zero_point, self.scheme.qmin, self.scheme.qmax), x.shape)
 
     def to_codes(self, x: Tensor, *state: Tensor) -> Tensor:
         """Returns the integers of ``x``, counted from the lowest one."""

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.graph import Residual
-from lightning_quant.layers import Rotation, RotationPlan, any_kind, create_bias, weight_rows
+from lightning_quant.layers import (
+    Rotation,
+    RotationPlan,
+    SmoothedRotation,
+    any_kind,
+    create_bias,
+    weight_rows,
+)
 
 
 def rotate_reads(layer: nn.Module, rotation: Rotation, inverse: bool = False) -> None:
@@ -86,6 +93,19 @@ def rotate_back(model: nn.Module, plan: RotationPlan) -> None:
     """Undo :func:`rotate`, up to rounding."""
     _multiply(model, plan, inverse=True)
     plan.take_offline(model)
+
+
+def fold_smoothed(layer: nn.Module, smoothed: SmoothedRotation, inverse: bool = False) -> None:
+    """Fold what a layer's input is multiplied and rotated with into its weight, or take it out again.
+
+    Args:
+        layer: a linear one.
+        smoothed: what runs in front of it, or ran.
+        inverse: take it out.
+    """
+    with torch.no_grad():
+        weight = weight_rows(layer)
+        weight.copy_(smoothed.fold(weight.double(), inverse))
 
 
 def _multiply(model: nn.Module, plan: RotationPlan, inverse: bool = False) -> None:

@@ -117,6 +117,12 @@ def test_rectified_is_nearer_to_dense_than_plain_and_plain_than_uniform():
     assert 0 < rectified < plain < uniform
 
 
+def test_scores_of_8_bits_cost_little():
+    model = Plain()
+    exact = predict(model, sparse())
+    assert 0 < error(predict(model, sparse(int8_scores=True)), exact) < 0.02
+
+
 def test_every_stage_is_served_and_its_metrics_are_those_of_the_sparse_model():
     model = Plain()
     found = {}

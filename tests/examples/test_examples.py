@@ -78,6 +78,15 @@ def test_diffusers_dit(capsys):
     assert "net.transformer_blocks.3.attn1.to_out.0 " in printed  # names are not cut short
 
 
+def test_autoregressive_digits(tmp_path, capsys):
+    """After one epoch of a narrow one; the whole takes minutes."""
+    found = load("autoregressive_digits").main(epochs=1, width=16, picture=str(tmp_path / "painted.png"))
+    assert (tmp_path / "painted.png").stat().st_size > 1000
+    assert min(found["PTQ4ARVG dB"], found["plain dB"]) > 10
+    assert found["PTQ4ARVG nats"] == pytest.approx(found["float nats"], rel=0.05)
+    assert "PTQ4ARVG nats" in capsys.readouterr().out
+
+
 def unpack(assets, folder, calibration, evaluation):
     """The first images of both splits, as the example wants them."""
     with (assets / "imagenet600" / "labels.csv").open(newline="") as table:

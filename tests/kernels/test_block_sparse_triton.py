@@ -1,8 +1,5 @@
 """The Triton kernel by Triton's interpreter: the arithmetic, not the speed."""
 
-import importlib
-import sys
-
 import pytest
 import torch
 
@@ -10,23 +7,15 @@ from lightning_quant.kernels.sparse_attention import BlockLists
 from lightning_quant.kernels.sparse_attention.rectification import Rectification
 from lightning_quant.kernels.sparse_attention.reference import naive_block_sparse
 from tests.kernels.block_sparse_cases import CASES, Case
+from tests.kernels.interpreter import interpreted
 
 NAME = "lightning_quant.kernels.sparse_attention.block_sparse_triton"
 
 
 @pytest.fixture(scope="module")
 def attend():
-    """The kernel, imported with a Triton of its own: its interpreter is asked for where its functions are decorated."""
-    pytest.importorskip("triton")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        for name in [name for name in sys.modules if name.partition(".")[0] == "triton" or name == NAME]:
-            if "_C" not in name:  # compiled parts can be loaded only once
-                patch.delitem(sys.modules, name)
-        yield importlib.import_module(NAME).attend
-        for name in [name for name in sys.modules if name.partition(".")[0] == "triton" and "_C" not in name]:
-            del sys.modules[name]
-        del sys.modules[NAME]
+    with interpreted(NAME) as (kernel,):
+        yield kernel.attend
 
 
 def run(attend, case, rectification=None):

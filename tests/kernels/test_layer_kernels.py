@@ -10,12 +10,13 @@ from lightning_quant.kernels import int8_product
 from lightning_quant.kernels.decoded import DecodedWeights
 from lightning_quant.kernels.int8_conv import Int8Conv
 from lightning_quant.kernels.int8_linear import Int8Linear
-from lightning_quant.kernels.layer_door import give_back, run_on
+from lightning_quant.kernels.layer_door import run_on
 from lightning_quant.kernels.registry import choose
 from lightning_quant.kernels.spec import LayerSpec
 from lightning_quant.kernels.weight_only import Int4Weights, Int8Weights
 from lightning_quant.layers import quantize_layer
 from lightning_quant.quantizers import Scheme
+from tests.kernels.layers import assert_same, calibrated, skewed
 
 WEIGHTS = [
     "int8_sym_channel",
@@ -27,30 +28,6 @@ WEIGHTS = [
 ]
 STATIC = ["int8_asym_tensor", "int8_sym_tensor", "uint8_asym_tensor", "uint4_asym_tensor", "int7_asym_tensor"]
 DYNAMIC = ["int8_sym_token", "int8_asym_token", "int8_asym_tensor_dynamic", "int6_sym_tensor_dynamic"]
-
-
-def calibrated(layer: nn.Module, weights: str | None, inputs: str | None, x: torch.Tensor):
-    layer = quantize_layer(
-        layer, None if weights is None else Scheme.parse(weights), None if inputs is None else Scheme.parse(inputs)
-    )
-    if layer.weight_quantizer is not None:
-        layer.weight_quantizer.fit(layer.weight_rows(), "minmax")
-    if layer.input_quantizer is not None:
-        layer.input_quantizer.fit(x * 0.9, "minmax")  # some inputs are clipped
-    return layer.eval()
-
-
-def assert_same(layer, kernel, x, **tolerance):
-    """The kernel's answer is the layer's but for the rounding of floats, and so are the weights it holds."""
-    simulated, codes, before = layer(x), layer.weight_quantizer.encode(layer.weight_rows()), layer.quantized().clone()
-    run_on(layer, kernel.of(layer))
-    out = layer(x)
-    torch.testing.assert_close(out, simulated, **tolerance)
-    assert out.dtype == simulated.dtype
-    assert torch.equal(layer.kernel.codes(layer, "weight"), codes)
-    assert torch.equal(layer.quantized(), before)
-    give_back(layer)
-    assert torch.equal(layer(x), simulated)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -73,13 +50,6 @@ def test_a_bias_that_was_found_is_added(make, own):
 def any_cpu(request, monkeypatch):
     if request.param == "windowed":
         monkeypatch.setattr(int8_product, "saturates", lambda: True)
-
-
-def skewed(*shape: int) -> torch.Tensor:
-    """Activations with a few loud channels and a mean that is not 0."""
-    x = torch.randn(*shape) + 0.7
-    x[..., :3] *= 8
-    return x
 
 
 @torch.no_grad()

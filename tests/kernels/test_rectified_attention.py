@@ -9,11 +9,13 @@ from lightning_quant.kernels.sparse_attention import (
     KeyMask,
     Sparsity,
     TokenLayout,
+    Workspace,
     attention_facts,
     find_layout,
     read_mask,
     rectified_sparse_attention,
 )
+from lightning_quant.kernels.sparse_attention import attention as method
 from lightning_quant.kernels.sparse_attention.pooling import pool_blocks
 from lightning_quant.kernels.sparse_attention.reference import naive_rectified
 from lightning_quant.kernels.sparse_attention.selection import choose_blocks, implicit_attention, pooling_is_worth_it
@@ -247,3 +249,31 @@ def test_half_precision_is_near_float(dtype):
     out = rectified_sparse_attention(*(x.to(dtype) for x in (q, k, v)), blocks, sparsity).output
     assert out.dtype == dtype
     assert (out.float() - exact).norm() / exact.norm() < 2e-2
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2]], ids=str)
+def test_heads_may_be_served_one_after_the_other(layout, monkeypatch):
+    q, k, v = qkv(layout)
+    blocks = Blocks(layout, 8)
+    expected = rectified_sparse_attention(q, k, v, blocks, Sparsity())
+    monkeypatch.setattr(method, "TOKENS_AT_ONCE", 1)
+    found = rectified_sparse_attention(q, k, v, blocks, Sparsity())
+    torch.testing.assert_close(found.output, expected.output)
+    assert torch.equal(found.selection.kept, expected.selection.kept)
+    for one, other in zip(found.selection.rectification, expected.selection.rectification, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_answer_is_no_part_of_the_workspace():
+    """What was answered stays, though the memory it was made in is used by the next call, of any type and size."""
+    workspace, layout = Workspace(), LAYOUTS[2]
+    blocks, (q, k, v) = Blocks(layout, 8), qkv(layout)
+    with torch.inference_mode():
+        first = rectified_sparse_attention(q, k, v, blocks, Sparsity(), workspace=workspace)
+        kept, output = first.selection.kept.clone(), first.output.clone()
+    for dtype, group in ((torch.float32, slice(1)), (torch.bfloat16, slice(2)), (torch.float32, slice(2))):
+        again = [(-x[group]).to(dtype) for x in (q, k, v)]
+        rectified_sparse_attention(*again, blocks, Sparsity(), workspace=workspace)
+    assert torch.equal(first.output, output) and torch.equal(first.selection.kept, kept)
+    fresh = rectified_sparse_attention(q, k, v, blocks, Sparsity(), workspace=workspace)
+    torch.testing.assert_close(fresh.output, output)

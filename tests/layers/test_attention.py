@@ -156,7 +156,7 @@ MULTIHEAD = {
     ),
     "padding": ({}, {"key_padding_mask": torch.tensor([[False, True, False], [False, False, True]])}),
     "mask": ({}, {"attn_mask": torch.randn(4, 3)}),
-    "bool mask of all heads": ({}, {"attn_mask": torch.rand(4, 4, 3) > 0.8}),
+    "bool mask of all heads": ({}, {"attn_mask": (torch.rand(4, 4, 3) > 0.8) & torch.tensor([False, True, True])}),
     "both masks": ({}, {"attn_mask": torch.zeros(4, 3), "key_padding_mask": torch.tensor([[False, True, False]] * 2)}),
     "no maps": ({}, {"need_weights": False}),
     "maps of all heads": ({}, {"average_attn_weights": False}),

@@ -39,7 +39,7 @@ class LoweredModules:
 
     def __init__(self, model: nn.Module, places: Mapping[str, tuple[Swappable, AnySpec]]) -> None:
         self.model, self.places = model, dict(places)
-        self.kernels = SwappedKernels({}, measure=False, keep=False)
+        self.kernels = SwappedKernels({}, measure=False, keep=False, backend="torch")
         self._modules: dict[str, _Module] = {}
         self._known: frozenset[str] | None = None
         self._busy = False
@@ -73,7 +73,7 @@ class LoweredModules:
         self._known = frozenset(taken)
         self.kernels.give_back()
         rest = {name: place for name, place in self.places.items() if name not in taken}
-        self.kernels = SwappedKernels(rest, measure=False, keep=False)
+        self.kernels = SwappedKernels(rest, measure=False, keep=False, backend="torch")
         return taken | {row.layer: (row.kernel, self._why(row)) for row in self.kernels.swap()}
 
     def give_back(self) -> None:
@@ -132,7 +132,7 @@ class LoweredModules:
         """Why a module is better left to torch's kernels, which take more formats."""
         layers = {name: layer for name, layer in record.inside.items() if isinstance(layer, QuantizedLayer)}
         theirs = sum(map(has_bytes, layers.values()))
-        ours = sum(choose(self.places[name][1]).why_not is None for name in layers)
+        ours = sum(choose(self.places[name][1], "torch").why_not is None for name in layers)
         if 2 * theirs >= ours:
             return None
         return f"of its {len(layers)} layers it would multiply {theirs} as bytes, torch's kernels take {ours}"

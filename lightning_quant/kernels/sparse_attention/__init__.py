@@ -13,6 +13,7 @@ from lightning_quant.kernels.sparse_attention.layout import Blocks, TokenLayout,
 from lightning_quant.kernels.sparse_attention.lists import BlockLists
 from lightning_quant.kernels.sparse_attention.masks import KeyMask, read_mask
 from lightning_quant.kernels.sparse_attention.site import SiteFacts, SparseSite
+from lightning_quant.kernels.sparse_attention.workspace import Workspace
 
 __all__ = [
     "Attended",
@@ -25,6 +26,7 @@ __all__ = [
     "SparseSite",
     "Sparsity",
     "TokenLayout",
+    "Workspace",
     "attention_facts",
     "block_sparse_attention",
     "find_layout",

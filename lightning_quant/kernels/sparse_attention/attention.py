@@ -16,6 +16,9 @@ from lightning_quant.kernels.sparse_attention.masks import KeyMask
 from lightning_quant.kernels.sparse_attention.pooling import mean_blocks, pool_blocks
 from lightning_quant.kernels.sparse_attention.rectification import Rectification, rectify
 from lightning_quant.kernels.sparse_attention.selection import choose_blocks, implicit_attention, pooling_is_worth_it
+from lightning_quant.kernels.sparse_attention.workspace import Workspace
+
+TOKENS_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,14 @@ class Sparsity:
         p_remain: share of the implicit attention that is kept at least.
         parts: what is rectified: ``"critical"``, ``"noncritical"``.
         backend: of the block-sparse kernel.
+        int8_scores: whether it rounds queries and keys to 8 bits.
     """
 
     drop_rate: float = 0.8
     p_remain: float = 0.3
     parts: tuple[str, ...] = ("critical", "noncritical")
     backend: Backend = "auto"
+    int8_scores: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
@@ -114,6 +119,7 @@ def rectified_sparse_attention(
     sparsity: Sparsity,
     mask: KeyMask | None = None,
     scale: float | None = None,
+    workspace: Workspace | None = None,
 ) -> Attended:
     """Self-attention in which each block of visual queries attends to few blocks of visual keys, and to all text.
 
@@ -128,6 +134,7 @@ def rectified_sparse_attention(
         sparsity: how sparse.
         mask: which keys are valid, and whether attention is causal.
         scale: of the softmax; default: ``d ** -0.5``.
+        workspace: memory that is used on the way, and left to later calls.
 
     >>> from lightning_quant.kernels.sparse_attention.layout import TokenLayout
     >>> x = torch.randn(1, 2, 1 + 64, 16)
@@ -138,8 +145,38 @@ def rectified_sparse_attention(
     """
     mask = mask or KeyMask()
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    visual_query = query.index_select(2, blocks.visual)
-    ordered_key, ordered_value = (x.index_select(2, blocks.order) for x in (key, value))  # the text comes last
+    workspace = workspace or Workspace()
+    group, (batch, key_heads, length, _) = query.size(1) // key.size(1), key.shape
+    # A CPU takes few heads at once: what is made of them on the way is small, and near.
+    at_once = key_heads if query.is_cuda else max(1, TOKENS_AT_ONCE // (batch * group * length))
+    if at_once >= key_heads:
+        return _attend(query, key, value, blocks, sparsity, mask, scale, workspace)
+    output, selections = query.new_empty(*query.shape[:3], value.size(-1)), []
+    parts = (x.split(at_once * heads, 1) for x, heads in ((query, group), (key, 1), (value, 1), (output, group)))
+    for near_query, near_key, near_value, out in zip(*parts, strict=True):
+        attended = _attend(near_query, near_key, near_value, blocks, sparsity, mask, scale, workspace)
+        out.copy_(attended.output)
+        selections.append(attended.selection)
+    kept = torch.cat([selection.kept for selection in selections], 1)
+    factors, addends = zip(*(selection.rectification for selection in selections), strict=True)
+    rectification = Rectification(torch.cat(factors, 1), torch.cat(addends, 1))
+    return Attended(output, Selection(kept, rectification, selections[0].size))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Blocks,
+    sparsity: Sparsity,
+    mask: KeyMask,
+    scale: float,
+    workspace: Workspace,
+) -> Attended:
+    """The same for some of the heads."""
+    visual_query = workspace.rows("query", query, 2, blocks.visual)
+    ordered_key = workspace.rows("key", key, 2, blocks.order)  # the text comes last
+    ordered_value = workspace.rows("value", value, 2, blocks.order)
     valid = None if mask.valid is None else mask.valid[:, blocks.order]
     selection = select(visual_query, ordered_key, ordered_value, blocks, sparsity, scale, KeyMask(valid, mask.causal))
     visual = block_sparse_attention(
@@ -153,7 +190,9 @@ def rectified_sparse_attention(
         valid=valid,
         causal=mask.causal,
         rectification=selection.rectification if sparsity.parts else None,
+        int8_scores=sparsity.int8_scores,
         backend=sparsity.backend,
+        workspace=workspace,
     )
     if not len(blocks.text):
         return Attended(blocks.join(visual, None), selection)

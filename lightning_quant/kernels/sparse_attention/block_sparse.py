@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_quant.kernels.cuda.needs import why_no_triton
+from lightning_quant.kernels.sparse_attention.int8_scores import int8_blocks
 from lightning_quant.kernels.sparse_attention.lists import BlockLists
 from lightning_quant.kernels.sparse_attention.rectification import Rectification
+from lightning_quant.kernels.sparse_attention.workspace import Workspace
 
 Backend = Literal["auto", "triton", "torch", "flex"]
 
 
-def why_not(backend: Backend, query: Tensor) -> str | None:
+def why_not(backend: Backend, query: Tensor, int8_scores: bool = False) -> str | None:
     """Why a backend cannot serve this query, or ``None`` if it can.
 
     >>> import torch
@@ -25,10 +27,12 @@ def why_not(backend: Backend, query: Tensor) -> str | None:
         return None
     if not query.is_cuda:
         return f"the tensors are on {query.device.type}, and backend={backend!r} needs a CUDA device"
-    if backend == "triton" and find_spec("triton") is None:
-        return "triton is not installed: pip install lightning-quant[triton]"
+    if backend == "triton" and (reason := why_no_triton()):
+        return reason
     if backend == "triton" and query.element_size() != 2:
         return f"the Triton kernel takes bfloat16 and float16, found {query.dtype}"
+    if backend == "flex" and int8_scores:
+        return "flex_attention makes its scores in floats"
     return None
 
 
@@ -44,7 +48,9 @@ def block_sparse_attention(
     valid: Tensor | None = None,
     causal: bool = False,
     rectification: Rectification | None = None,
+    int8_scores: bool = False,
     backend: Backend = "auto",
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """Softmax attention of each query block to its listed key blocks and to all keys behind the blocked ones.
 
@@ -61,7 +67,10 @@ def block_sparse_attention(
         valid: which keys are not padding: (B, S) bool.
         causal: a query sees no blocked key behind its own position.
         rectification: factor and addend per query block.
+        int8_scores: whether queries and keys are rounded to 8 bits, with a scale for every block. Triton then
+            multiplies integers; torch multiplies what they stand for.
         backend: ``"auto"``: Triton where it can serve, else torch. Without a gradient.
+        workspace: memory that the torch backend uses, and leaves to later calls.
 
     Returns:
         (B, Hq, L, dv).
@@ -69,7 +78,7 @@ def block_sparse_attention(
     Raises:
         RuntimeError: if the backend that was asked for cannot serve.
     """
-    if reason := why_not(backend, query):
+    if reason := why_not(backend, query, int8_scores):
         raise RuntimeError(f"backend={backend!r} cannot serve this attention: {reason}")
     if backend == "auto":
         backend = "triton" if query.is_cuda and why_not("triton", query) is None else "torch"
@@ -77,5 +86,13 @@ def block_sparse_attention(
     scale = query.size(-1) ** -0.5 if scale is None else scale
     # Imported when it first serves: triton may be absent, and triton and flex_attention are slow to import.
     served = import_module(f"{__package__}.block_sparse_{backend}")
-    out: Tensor = served.attend(query, key, value, lists, block, blocked, scale, valid, causal, rectification)
-    return out
+    options: dict[str, Any] = {"workspace": workspace} if backend == "torch" else {}
+    if int8_scores:
+        codes = int8_blocks(query, key, block, blocked, valid)
+        if backend == "triton":
+            (query, key), options["scales"] = (x.codes for x in codes), tuple(x.scale for x in codes)
+        else:
+            query, key = (x.floats() for x in codes)
+    rest = (lists, block, blocked, scale, valid, causal, rectification)
+    out: Tensor = served.attend(query, key, value, *rest, **options)
+    return out.to(value.dtype)

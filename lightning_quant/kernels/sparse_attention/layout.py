@@ -10,7 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_quant.kernels.sparse_attention.curve import blocks_of_first_frame, neighbouring_blocks, token_order
+from lightning_quant.kernels.sparse_attention.curve import (
+    blocks_of_first_frame,
+    inverse_order,
+    neighbouring_blocks,
+    token_order,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Blocks:
         behind = torch.arange(layout.prefix + layout.visual, layout.tokens)
         # Positions of the visual tokens in the order of the blocks, and then of the text tokens.
         self.order = torch.cat([along + layout.prefix, torch.arange(layout.prefix), behind])
+        self.inverse = inverse_order(self.order)
         self.always = neighbouring_blocks(layout.grid, along, block)
         if first_frame:
             self.always |= blocks_of_first_frame(layout.grid, along, block)
@@ -83,14 +89,12 @@ class Blocks:
 
     def to(self, device: torch.device) -> Blocks:
         """Move the tables."""
-        self.order, self.always = self.order.to(device), self.always.to(device)
+        self.order, self.inverse, self.always = (x.to(device) for x in (self.order, self.inverse, self.always))
         return self
 
     def join(self, visual: Tensor, text: Tensor | None) -> Tensor:
         """The sequence, from its visual tokens in the order of the blocks and its text tokens: (B, H, L, d) each."""
-        out = visual.new_empty(*visual.shape[:2], self.layout.tokens, visual.size(3))
-        out.index_copy_(2, self.visual, visual)
-        return out if text is None else out.index_copy_(2, self.text, text)
+        return (visual if text is None else torch.cat([visual, text], 2)).index_select(2, self.inverse)
 
 
 def find_layout(

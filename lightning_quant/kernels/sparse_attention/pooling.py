@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_quant.kernels.cuda.needs import why_no_triton
+
 
 class Pooled(NamedTuple):
     """Blocks of tokens, pooled.
@@ -36,6 +38,11 @@ def pool_blocks(x: Tensor, block: int, valid: Tensor | None = None) -> Pooled:
     ([1.0, 5.0], [1.0, 0.0], [[2, 1]])
     """
     length, ragged = x.size(2), -x.size(2) % block
+    if x.is_cuda and why_no_triton() is None:
+        from lightning_quant.kernels.sparse_attention.pooling_triton import pool  # slow to import, or not there
+
+        inside = torch.ones(1, length, device=x.device) if valid is None else valid.expand(len(x), -1)
+        return Pooled(*pool(x, block, valid), F.pad(inside, (0, ragged)).unflatten(1, (-1, block)).sum(-1).long())
     if ragged or valid is not None:
         valid = torch.ones(1, length, dtype=torch.bool, device=x.device) if valid is None else valid
         x, valid = F.pad(x, (0, 0, 0, ragged)), F.pad(valid, (0, ragged))
@@ -55,7 +62,7 @@ def pool_blocks(x: Tensor, block: int, valid: Tensor | None = None) -> Pooled:
 def mean_blocks(x: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
     """Only the means of :func:`pool_blocks`."""
     ragged = -x.size(2) % block
-    if ragged or valid is not None:
+    if ragged or x.is_cuda or valid is not None:
         return pool_blocks(x, block, valid).mean
     mean: Tensor = x.unflatten(2, (-1, block)).mean(3, dtype=torch.float32)
     return mean

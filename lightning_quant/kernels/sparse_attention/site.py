@@ -14,6 +14,7 @@ from lightning_quant.kernels.sparse_attention.attention import Attended, Sparsit
 from lightning_quant.kernels.sparse_attention.facts import AttentionFacts, attention_facts, kept_share
 from lightning_quant.kernels.sparse_attention.layout import Blocks
 from lightning_quant.kernels.sparse_attention.masks import KeyMask, read_mask
+from lightning_quant.kernels.sparse_attention.workspace import Workspace
 
 
 @dataclass
@@ -42,6 +43,7 @@ class SparseSite:
         layouts: the blocks of the sequences that it knows, by number of tokens and whether attention is causal.
         sparsity: how sparse.
         resting: whether calls are dense for now (warm-up steps).
+        workspace: memory that sites use one after the other.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class SparseSite:
         layouts: Mapping[tuple[int, bool], Blocks],
         sparsity: Sparsity,
         resting: Callable[[], bool] = lambda: False,
+        workspace: Workspace | None = None,
     ) -> None:
         self.layouts = dict(layouts)
         self.sparsity = sparsity
         self.resting = resting
+        self.workspace = workspace or Workspace()
         self.facts = SiteFacts([str(blocks.layout) for blocks in self.layouts.values()])
 
     # How many blocks are kept depends on the data: one break of the graph instead of many.
@@ -77,7 +81,7 @@ class SparseSite:
             )
         blocks, mask = found
         scale = query.size(-1) ** -0.5 if scale is None else scale
-        attended = rectified_sparse_attention(query, key, value, blocks, self.sparsity, mask, scale)
+        attended = rectified_sparse_attention(query, key, value, blocks, self.sparsity, mask, scale, self.workspace)
         self._remember(query, key, value, blocks, mask, attended, scale)
         return attended.output
 
