@@ -77,6 +77,14 @@ def ours_int8_everywhere(model: nn.Module, inputs: Tensor, threads: int) -> Run:
     return _ours(model, inputs, KernelSwap(backend="torch"), attention=False)
 
 
+def ours_on_openvino(model: nn.Module, inputs: Tensor, threads: int) -> Run:
+    return _ours(model, inputs, KernelSwap(backend="openvino"), attention=False)
+
+
+def ours_on_openvino_with_attention(model: nn.Module, inputs: Tensor, threads: int) -> Run:
+    return _ours(model, inputs, KernelSwap(backend="openvino"))
+
+
 def ours_seven_bits(model: nn.Module, inputs: Tensor, threads: int) -> Run:
     return _ours(model, inputs, KernelSwap(backend="torch"), attention=False, activations="int7")
 
@@ -173,6 +181,8 @@ PEERS = {
     "lightning_quant, attention too": ours_with_attention,
     "lightning_quant, int8 wherever taken": ours_int8_everywhere,
     "lightning_quant, 7-bit activations": ours_seven_bits,
+    "lightning_quant on OpenVINO": ours_on_openvino,
+    "lightning_quant on OpenVINO, attention too": ours_on_openvino_with_attention,
     "torchao int8 dynamic, compiled": torchao_dynamic,
     "ONNX Runtime float32": onnxruntime_float,
     "ONNX Runtime int8 dynamic": onnxruntime_dynamic,

@@ -12,13 +12,14 @@ from lightning_quant.checkpoint import record_of
 from lightning_quant.kernels.cpu import integer_instructions
 from lightning_quant.kernels.cuda.needs import gpu_in_words, why_not_on
 from lightning_quant.kernels.memory import give_freed_memory_back, keep_freed_memory
-from lightning_quant.kernels.spec import LayerSpec
-from lightning_quant.kernels.swapped import SwappedKernels, attentions_of
+from lightning_quant.kernels.openvino import LoweredModules, Trial, has_openvino
+from lightning_quant.kernels.spec import AnySpec, LayerSpec
+from lightning_quant.kernels.swapped import Swappable, SwappedKernels, attentions_of
 from lightning_quant.kernels.table import KernelTable
 from lightning_quant.layers import QuantizedLayer
 
-Backend = Literal["auto", "torch", "triton"]
-BACKENDS = ("auto", "torch", "triton")
+Backend = Literal["auto", "torch", "openvino", "triton"]
+BACKENDS = ("auto", "torch", "openvino", "triton")
 
 
 class KernelSwap(Callback):
@@ -37,10 +38,12 @@ class KernelSwap(Callback):
 
     Args:
         backend: ``"torch"`` takes the low-bit kernels that torch brings along: those of CPUs, and of fp8 on GPUs;
-            ``"triton"`` takes those of GPUs: integers by Triton, fp8 by torch; ``"auto"`` takes any, measures it in the
-            first batch against the float product, and keeps the faster one; with ``keep`` or ``compile`` it measures
-            nothing.
-        keep: keep the kernels and drop the float weights. There is no way back.
+            ``"triton"`` takes those of GPUs: integers by Triton, fp8 by torch; ``"openvino"`` compiles the largest
+            submodules that OpenVINO takes in the first batch, with the scales that were calibrated, and leaves the rest
+            to torch; ``"auto"`` takes any of the first two, measures it in the first batch against the float product,
+            and keeps the faster one; if OpenVINO is installed and predict has a while to go, it then tries that for a
+            few batches, and keeps what is faster. With ``keep`` or ``compile`` it measures nothing.
+        keep: keep the kernels and drop the float weights. There is no way back. Not with OpenVINO.
         compile: compile the swapped network with ``torch.compile`` while it predicts.
         strict: refuse a model in which a quantized layer has no low-bit kernel.
 
@@ -51,6 +54,7 @@ class KernelSwap(Callback):
         RuntimeError: if the model has no calibrated quantized layer.
         ValueError: with ``strict``, naming the layers without a low-bit kernel; with ``backend="triton"``, if the model
             is not on a GPU, or Triton is not installed.
+        ModuleNotFoundError: if OpenVINO is asked for and not installed.
 
     >>> from lightning_quant import PostTrainingQuantization
     >>> ptq, swap = PostTrainingQuantization(), KernelSwap()
@@ -65,12 +69,18 @@ class KernelSwap(Callback):
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is none of {', '.join(map(repr, BACKENDS))}")
+        if backend == "openvino":
+            if keep or compile:
+                raise ValueError('backend="openvino" takes neither keep=True nor compile=True: take backend="torch"')
+            if not has_openvino():
+                raise ModuleNotFoundError('backend="openvino" needs it: pip install "lightning-quant[openvino]"')
         self.backend = backend
         self.keep = keep
         self.compile = compile
         self.strict = strict
         self.table: KernelTable | None = None
-        self._swapped: SwappedKernels | None = None
+        self._swapped: SwappedKernels | LoweredModules | None = None
+        self._trial: Trial | None = None
         self._compiled: list[nn.Module] = []
 
     # ---------------------------------------------------------------- hooks, in the order in which Lightning calls them
@@ -78,16 +88,31 @@ class KernelSwap(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let kernels answer for the layers."""
         self.swap(pl_module)
-        assert self.table is not None
-        rank_zero_info(f"KernelSwap: {self.table.summary()}")
+        self._tell("")
+        tries = self.backend == "auto" and not self.keep and not self.compile and has_openvino()
+        self._trial = Trial() if tries else None
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *where: int) -> None:
+        """Look at the clock."""
+        if self._trial is not None:
+            self._trial.began()
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *where: int
     ) -> None:
-        """The first batch has measured the kernels: take the faster ones for good."""
+        """The first batch has measured or compiled the kernels: take them for good; perhaps try the other backend."""
         if self.settle():
-            assert self.table is not None
-            rank_zero_info(f"KernelSwap, after the first batch: {self.table.summary()}")
+            self._tell(", after the first batch")
+        if self._trial is None:
+            return
+        answers = self._trial.ended(sum(trainer.num_predict_batches))
+        if self._trial.turn is None:
+            rank_zero_info(f"KernelSwap: {self._trial}")
+            self._trial = None
+        if answers is not None and (answers == "openvino") != isinstance(self._swapped, LoweredModules):
+            self.give_back()
+            self.swap(pl_module, "openvino" if answers == "openvino" else "auto")
+            self._tell(f", now by {answers}")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the simulated layers back."""
@@ -99,22 +124,27 @@ class KernelSwap(Callback):
 
     # ---------------------------------------------------------------- what a user may call
 
-    def swap(self, model: nn.Module) -> KernelTable:
-        """Let kernels answer for the layers of a calibrated model, and tell which; nothing changes if this fails."""
+    def swap(self, model: nn.Module, backend: Backend | None = None) -> KernelTable:
+        """Let kernels answer for the layers of a calibrated model, and tell which; nothing changes if this fails.
+
+        Args:
+            model: a calibrated model.
+            backend: another one than ``self.backend``; ``"auto"`` tries OpenVINO only while ``trainer.predict`` runs.
+        """
+        backend = backend or self.backend
         layers, attentions = _calibrated_layers(model), {} if self.compile else attentions_of(model)
         on = {layer.device.type for layer in layers.values()}
-        if self.backend == "triton" and (reason := why_not_on(on)):
+        if backend == "triton" and (reason := why_not_on(on)):
             raise ValueError(f'backend="triton" cannot serve: {reason}')
-        places = {name: (layer, LayerSpec.of(layer)) for name, layer in layers.items()}
-        measure = self.backend == "auto" and not self.keep and not self.compile
-        swapped = SwappedKernels({**places, **attentions}, measure, self.keep, self.backend)
-        if self.strict and swapped.without:
-            named = "; ".join(f"`{name}`: {why}" for name, why in list(swapped.without.items())[:5])
-            raise ValueError(
-                f"strict=True, and {len(swapped.without)} of {len(swapped.places)} quantized layers have no low-bit "
-                f"kernel: {named}. Leave them float with skip= or attention=False, choose another format with "
-                f"overrides=, or set strict=False"
-            )
+        places: dict[str, tuple[Swappable, AnySpec]] = {name: (it, LayerSpec.of(it)) for name, it in layers.items()}
+        places.update(attentions)
+        swapped: SwappedKernels | LoweredModules
+        if backend == "openvino":
+            swapped = LoweredModules(model, places)
+        else:
+            measure = backend == "auto" and not self.keep and not self.compile
+            swapped = SwappedKernels(places, measure, self.keep, backend)
+        self._require_kernels(swapped.without, len(places))
         self.table = KernelTable(swapped.swap(), gpu_in_words() if on == {"cuda"} else integer_instructions())
         keep_freed_memory()
         self._swapped = swapped
@@ -125,11 +155,13 @@ class KernelSwap(Callback):
         return self.table
 
     def settle(self) -> bool:
-        """Take the kernels that were faster in the first call for good; whether any were measured since."""
-        slower = None if self._swapped is None else self._swapped.settle()
-        if slower and self.table is not None:
-            self.table = self.table.with_others(slower)
-        return slower is not None
+        """Take the kernels that the first call has measured or compiled for good; whether there were any."""
+        others = None if self._swapped is None else self._swapped.settle()
+        if others and self.table is not None:
+            self.table = self.table.with_others(others)
+            if isinstance(self._swapped, LoweredModules):
+                self._require_kernels({row.layer: row.why_not for row in self.table.simulated}, len(self.table.rows))
+        return others is not None
 
     def give_back(self) -> None:
         """Let the layers simulate again, unless ``keep``."""
@@ -139,6 +171,20 @@ class KernelSwap(Callback):
             self._swapped.give_back()
             self._swapped = None
             give_freed_memory_back()
+
+    # ---------------------------------------------------------------- private
+
+    def _require_kernels(self, without: dict[str, str], among: int) -> None:
+        if self.strict and without:
+            named = "; ".join(f"`{name}`: {why}" for name, why in list(without.items())[:5])
+            raise ValueError(
+                f"strict=True, and {len(without)} of {among} quantized layers have no low-bit kernel: {named}. Leave "
+                f"them float with skip= or attention=False, choose another format with overrides=, or set strict=False"
+            )
+
+    def _tell(self, when: str) -> None:
+        assert self.table is not None
+        rank_zero_info(f"KernelSwap{when}: {self.table.summary()}")
 
 
 def _calibrated_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

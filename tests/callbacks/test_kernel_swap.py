@@ -237,7 +237,7 @@ def test_a_float_model_is_refused():
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend='tpu' is none of 'auto', 'torch'"):
+    with pytest.raises(ValueError, match="backend='tpu' is none of 'auto', 'torch', 'openvino'"):
         KernelSwap(backend="tpu")
 
 
