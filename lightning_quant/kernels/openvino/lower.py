@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -208,7 +209,7 @@ def _compile(graph: torch.fx.GraphModule, call: Call) -> tuple[Any, list[int]]:
         return fake_quantize(x, lowest, highest, lowest, highest, LEVELS).outputs()
 
     def power_of_two(context: Any) -> Any:
-        return power(constant(2.0, "f32"), context.get_input(0)).outputs()
+        return power(constant(numpy.float32(2)), context.get_input(0)).outputs()
 
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     shapes = [tensor.shape for tensor in call.tensors]
