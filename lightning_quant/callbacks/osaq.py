@@ -18,7 +18,7 @@ class OSAQ(GPTQ):
 
     .. math::
         W \leftarrow W + \beta \mathcal N, \qquad \beta_i = \arg\min_b \; \tfrac12 \sum_j s_{ij} (W_{ij} + b^\top n_j)^2
-        + \frac{1}{2 N} \sum_k \Big( \mu_1 + \mu_3 \frac{\lambda_k}{\tilde\lambda} \Big) b_k^2
+        + \frac{1}{2 N} \sum_k ( \mu_1 + \mu_3 \frac{\lambda_k}{\tilde\lambda} ) b_k^2
         + \tfrac{\mu_2}{2} ( \sum_j b^\top n_j )^2, \qquad s_i = \text{softmax}(|W_i| / (\tau \max_j |W_{ij}|))
 
     where the rows of :math:`\mathcal N`, with columns :math:`n_j`, are the eigenvectors of the layer's Hessian whose

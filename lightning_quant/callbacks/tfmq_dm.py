@@ -29,7 +29,7 @@ class TFMQDM(QDiffusion):
     projection of that in each block; in a diffusion transformer the modulation of each norm, which sees the label too,
     is counted among them (reconstructed from the idea; the paper has U-Nets). That part,
 
-    .. math:: g_i(t) = P_i(\text{SiLU}(h(t))), \qquad i = 1 \dots n
+    .. math:: g_i(t) = P_i(\text{SiLU}(h(t))), \qquad i = 1, \ldots, n
 
     is found by running the model once, and treated apart:
 

@@ -26,8 +26,8 @@ class Int8Attention(Kernel):
 
     With int8 codes :math:`\tilde q = q / s_q + o_q` and likewise for k, p and v,
 
-    .. math:: \sum_d q_{ld} k_{jd} = s_q s_k \Big( \sum_d \tilde q_{ld} \tilde k_{jd} - o_q \sum_d \tilde k_{jd}
-              - o_k \sum_d \tilde q_{ld} + D \, o_q o_k \Big)
+    .. math:: \sum_d q_{ld} k_{jd} = s_q s_k ( \sum_d \tilde q_{ld} \tilde k_{jd} - o_q \sum_d \tilde k_{jd}
+              - o_k \sum_d \tilde q_{ld} + D \, o_q o_k )
 
     and so for the probabilities and the values. The map is made piece by piece. Probabilities that are no plain
     integers of at most 8 bits meet the values in float.

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from lightning_quant.layers.base import QuantizedLayer
-from lightning_quant.quantizers import Quantizer, UniformQuantizer
+from lightning_quant.quantizers import LearnedQuantizer, Quantizer, UniformQuantizer
 
 BITS = 8  # of an operand: more would not leave room for sums
 
 
 def integer_grid(quantizer: Quantizer | None, granularities: tuple[str, ...] = ("tensor",)) -> UniformQuantizer | None:
     """The quantizer, if it is a plain grid of few integers whose scale is known before, and nobody watches it round."""
-    if type(quantizer) is not UniformQuantizer or quantizer.observer is not None or not quantizer.calibrated:
+    if type(quantizer) not in (UniformQuantizer, LearnedQuantizer):
         return None
-    if is_watched(quantizer):
+    assert isinstance(quantizer, UniformQuantizer)
+    if quantizer.observer is not None or is_watched(quantizer) or not quantizer.calibrated:
         return None
     scheme = quantizer.scheme
     plain = scheme.bits <= BITS and not scheme.dynamic and scheme.granularity in granularities

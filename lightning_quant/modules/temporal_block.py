@@ -78,7 +78,7 @@ class _Step:
 
 
 class TemporalBlock(nn.Module):
-    r"""All that a denoiser makes of the timesteps of a schedule alone, :math:`g_1(t), g_2(t), \dots`, without a sample.
+    r"""All that a denoiser makes of the timesteps of a schedule alone, :math:`g_1(t), g_2(t), \ldots`; no sample.
 
     The denoiser runs once, in floats, on a batch that has every timestep; what was called on the way from the timestep
     to the layers whose answer goes to the sample is written down. Afterwards the layers, which are the denoiser's own,

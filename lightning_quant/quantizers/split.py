@@ -19,9 +19,9 @@ __all__ = ["SplitObserver", "SplitQuantizer"]
 class SplitQuantizer(UniformQuantizer):
     r"""Integers times a scale that depends on which part of a concatenation a channel comes from.
 
-    .. math:: \hat x = [Q(x_1; \; s_1, z_1), \; Q(x_2; \; s_2, z_2), \; \dots]
+    .. math:: \hat x = [Q(x_1; \; s_1, z_1), \; Q(x_2; \; s_2, z_2), \; \ldots]
 
-    where :math:`Q` is the :class:`UniformQuantizer` and :math:`x = [x_1, x_2, \dots]` was joined along the channels: in
+    where :math:`Q` is the :class:`UniformQuantizer` and :math:`x = [x_1, x_2]` was joined along the channels: in
     a U-Net the stream and a skip connection, whose ranges have nothing to do with each other. In front of a layer there
     is one scale for each part, (parts,). The weight of that layer is cut along its *input* channels at the same places;
     with a scale per output channel its scales are (out, parts), so that

@@ -64,7 +64,7 @@ def absorb_outliers(
 
     .. math::
         \min_b \; \tfrac12 \sum_j s_j (w_j + b^\top n_j)^2
-        + \frac{1}{2 N} \sum_k \Big( \mu_1 + \mu_3 \frac{\lambda_k}{\tilde\lambda} \Big) b_k^2
+        + \frac{1}{2 N} \sum_k ( \mu_1 + \mu_3 \frac{\lambda_k}{\tilde\lambda} ) b_k^2
         + \tfrac{\mu_2}{2} ( \sum_j b^\top n_j )^2, \qquad s = \text{softmax}(|w| / (\tau \max |w|))
 
     where :math:`n_j` is the j-th column of the directions, :math:`\lambda_k` their damped eigenvalues and

@@ -106,7 +106,8 @@ class Reconstruction:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, allowed))}")
         if isinstance(self.granularity, str) and self.granularity not in ("layer", "block", "inner", "stage"):
             raise ValueError(
-                f"granularity={self.granularity!r} is none of 'layer', 'block', 'inner', 'stage'; patterns go in a list"
+                f"granularity={self.granularity!r} is none of 'layer', 'block', 'inner', 'stage'; "
+                "name patterns go in a list"
             )
         if not self.phases or not set(self.phases) <= {"weights", "activations", "joint"}:
             raise ValueError(f"phases={self.phases} must be of 'weights', 'activations' and 'joint'")

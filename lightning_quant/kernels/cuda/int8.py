@@ -24,7 +24,7 @@ LONGEST = 2**31 // 2**14  # a sum of so many products of bytes may not fit 32 bi
 class TritonInt8Linear(OwnPrecision, Kernel):
     r"""Products of activation codes and weight codes, in one kernel with what makes the codes and what scales them.
 
-    .. math:: y_{mn} = s_m s_n \Big(\sum_k c_{mk} w_{nk} - z_m \sum_k (w_{nk} - o_n) - o_n \sum_k c_{mk}\Big) + b_n
+    .. math:: y_{mn} = s_m s_n (\sum_k c_{mk} w_{nk} - z_m \sum_k (w_{nk} - o_n) - o_n \sum_k c_{mk}) + b_n
 
     Scale and zero point of the activations are known before, or found in each batch or for each token. All sums are
     integers and exact.

@@ -131,7 +131,7 @@ def steps_of(x: Tensor, inputs: Int8Inputs) -> tuple[Tensor, Tensor]:
 def naive_int4(x: Tensor, weight: Int4Weight, activation: Activation = "none") -> Tensor:
     r"""What the int4 product answers, in float64.
 
-    .. math:: y_{mn} = a\Big(\sum_k x_{mk} \, s_{ng} (w_{nk} - o_{ng}) + b_n\Big) \qquad g = \lfloor k / G \rfloor
+    .. math:: y_{mn} = a(\sum_k x_{mk} \, s_{ng} (w_{nk} - o_{ng}) + b_n) \qquad g = \lfloor k / G \rfloor
 
     Args:
         x: (rows, in).
