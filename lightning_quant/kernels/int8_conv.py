@@ -33,10 +33,11 @@ class Int8Conv(Kernel):
         assert isinstance(layer, torch.nn.Conv2d) and not isinstance(layer.padding, str)
         self.lowest_weight = weights.scheme.qmin
         codes = (weights.encode(layer.weight.detach()) + self.lowest_weight).to(torch.int8)
-        self.place = list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
+        self.place = [*layer.stride, *layer.padding, *layer.dilation, layer.groups]
         self.grid = Grid.of(inputs)
         scale = (weights.scale * inputs.scale).expand(len(codes)).contiguous()
-        packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, self.grid.zero_point, *self.place, None)
+        zero_point = self.grid.zero_point
+        packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, zero_point, *_where(self.place), None)
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         bias = layer.full_bias()
@@ -77,7 +78,7 @@ class Int8Conv(Kernel):
         codes = self.grid.unsigned(images.contiguous(memory_format=torch.channels_last))
         convolve = _compiled_convolve if torch.compiler.is_compiling() else _convolve
         out: Tensor = convolve(
-            codes, self.packed, self.scale, self.bias, self.grid.zero_point, *self.place, output_dtype(x)
+            codes, self.packed, self.scale, self.bias, self.grid.zero_point, self.place, output_dtype(x)
         )
         return out if x.dim() == 4 else out.squeeze(0)
 
@@ -92,18 +93,19 @@ def _convolve(
     scale: Tensor,
     bias: Tensor | None,
     zero_point: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    place: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
     zeros = torch.zeros(len(scale), dtype=torch.int64)
-    place = (stride, padding, dilation, groups)
     out: Tensor = torch.ops.onednn.qconv_pointwise(
-        codes, 1.0, zero_point, packed, scale, zeros, bias, *place, 1.0, 0, dtype, "none", [], ""
+        codes, 1.0, zero_point, packed, scale, zeros, bias, *_where(place), 1.0, 0, dtype, "none", [], ""
     )
     return out
+
+
+def _where(place: list[int]) -> tuple[list[int], list[int], list[int], int]:
+    """Stride, padding, dilation and groups."""
+    return place[0:2], place[2:4], place[4:6], place[6]
 
 
 @torch.library.custom_op("lightning_quant::onednn_convolution", mutates_args=())
@@ -113,14 +115,11 @@ def _compiled_convolve(
     scale: Tensor,
     bias: Tensor | None,
     zero_point: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    place: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
     """The same as an operator that the compiler does not look into."""
-    return _convolve(codes, packed, scale, bias, zero_point, stride, padding, dilation, groups, dtype)
+    return _convolve(codes, packed, scale, bias, zero_point, place, dtype)
 
 
 @_compiled_convolve.register_fake
@@ -130,12 +129,9 @@ def _shape_of_convolution(
     scale: Tensor,
     bias: Tensor | None,
     zero_point: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    place: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    sizes = zip(codes.shape[2:], packed.shape[2:], stride, padding, dilation, strict=True)
+    sizes = zip(codes.shape[2:], packed.shape[2:], place[0:2], place[2:4], place[4:6], strict=True)
     image = [(size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in sizes]
     return codes.new_empty(len(codes), len(scale), *image, dtype=dtype).to(memory_format=torch.channels_last)
