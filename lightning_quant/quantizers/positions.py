@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_quant.quantizers.observers import Observer
-from lightning_quant.quantizers.ranges import RangeRule
 from lightning_quant.quantizers.scheme import Scheme
+from lightning_quant.quantizers.tables import TableObserver
 from lightning_quant.quantizers.uniform import UniformQuantizer
 
 __all__ = ["PositionObserver", "PositionQuantizer", "Positions"]
@@ -108,56 +107,17 @@ class PositionQuantizer(UniformQuantizer):
         return tuple(getattr(self, name)[rows].unsqueeze(-1) for name in self.state_names)
 
 
-class PositionObserver:
-    """Watches an activation and freezes a :class:`PositionQuantizer`'s table: an :class:`Observer` for every row.
-
-    A row that was never met takes the range of the nearest one that was.
-
-    Args:
-        quantizer: The quantizer to set.
-        rule: How the ranges are found.
-        name: The layer's name, for messages.
-    """
-
-    def __init__(self, quantizer: PositionQuantizer, rule: RangeRule | str = "minmax", name: str = "") -> None:
-        self.quantizer, self.rule, self.name = quantizer, RangeRule.parse(rule), name
-        self.rows: dict[int, Observer] = {}
+class PositionObserver(TableObserver[PositionQuantizer]):
+    """Watches an activation and freezes the table of a :class:`PositionQuantizer`; see :class:`TableObserver`."""
 
     @property
-    def seen(self) -> int:
-        """How many elements were seen."""
-        return sum(observer.seen for observer in self.rows.values())
+    def length(self) -> int:
+        """How many rows the table has."""
+        return self.quantizer.rows_of_table
 
     def __call__(self, x: Tensor) -> Tensor:
         """Takes one batch into account and returns it unchanged."""
         rows = self.quantizer.row_of(x)
         for row in rows.unique().tolist():
-            self._row(row)(x[..., rows == row, :])
+            self.row(row)(x[..., rows == row, :])
         return x
-
-    def freeze(self) -> None:
-        """Sets the quantizer from what was seen."""
-        states = {}
-        for row, observer in self.rows.items():
-            observer.freeze()
-            states[row] = (observer.quantizer.scale, observer.quantizer.get_buffer("zero_point"))
-        if not states:
-            raise ValueError(f"{self.name or 'a quantizer'} saw nothing, so it has no range.")
-        nearest = [min(states, key=lambda met: (abs(met - row), met)) for row in range(self.quantizer.rows_of_table)]
-        for place, name in enumerate(self.quantizer.state_names):
-            self.quantizer._store(name, torch.stack([states[row][place] for row in nearest]))
-
-    def state(self) -> dict[str, Any]:
-        """What was seen, for other ranks."""
-        return {"rows": {row: observer.state() for row, observer in self.rows.items()}}
-
-    def merge(self, state: dict[str, Any]) -> None:
-        """Takes what another rank has seen into account."""
-        for row, seen in state["rows"].items():
-            self._row(row).merge(seen)
-
-    def _row(self, row: int) -> Observer:
-        if row not in self.rows:
-            plain = UniformQuantizer(self.quantizer.scheme, self.quantizer.axis).to(self.quantizer.scale.device)
-            self.rows[row] = Observer(plain, self.rule, self.name)
-        return self.rows[row]

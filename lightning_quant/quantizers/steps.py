@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_quant.quantizers.observers import Observer
-from lightning_quant.quantizers.ranges import RangeRule
 from lightning_quant.quantizers.scheme import Scheme
+from lightning_quant.quantizers.tables import TableObserver
 from lightning_quant.quantizers.uniform import UniformQuantizer
 
 __all__ = ["StepObserver", "StepQuantizer", "Steps"]
@@ -183,62 +182,23 @@ class StepQuantizer(UniformQuantizer):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class StepObserver:
-    """Watches an activation and freezes a :class:`StepQuantizer`'s table: an :class:`Observer` for every row.
-
-    A group of steps that was never met takes the range of the nearest one that was.
-
-    Args:
-        quantizer: The quantizer to set.
-        rule: How the ranges are found.
-        name: The layer's name, for messages.
-    """
-
-    def __init__(self, quantizer: StepQuantizer, rule: RangeRule | str = "minmax", name: str = "") -> None:
-        self.quantizer, self.rule, self.name = quantizer, RangeRule.parse(rule), name
-        self.rows: dict[int, Observer] = {}
+class StepObserver(TableObserver[StepQuantizer]):
+    """Watches an activation and freezes the table of a :class:`StepQuantizer`; see :class:`TableObserver`."""
 
     @property
-    def seen(self) -> int:
-        """How many elements were seen."""
-        return sum(observer.seen for observer in self.rows.values())
+    def length(self) -> int:
+        """How many rows the table has."""
+        return self.quantizer.steps.groups
 
     def __call__(self, x: Tensor) -> Tensor:
         """Takes one batch into account and returns it unchanged."""
         rows = self.quantizer.steps.rows
         if len(rows) == 1:
-            return self._row(rows[0])(x)
+            return self.row(rows[0])(x)
         repeats = self.quantizer.repeats(x)
         for sample, row in enumerate(rows):
-            self._row(row)(x[sample * repeats : (sample + 1) * repeats])
+            self.row(row)(x[sample * repeats : (sample + 1) * repeats])
         return x
-
-    def freeze(self) -> None:
-        """Sets the quantizer from what was seen."""
-        states = {}
-        for row, observer in self.rows.items():
-            observer.freeze()
-            states[row] = (observer.quantizer.scale, observer.quantizer.get_buffer("zero_point"))
-        if not states:
-            raise ValueError(f"{self.name or 'a quantizer'} saw nothing, so it has no range.")
-        nearest = [min(states, key=lambda met: (abs(met - row), met)) for row in range(self.quantizer.steps.groups)]
-        for place, name in enumerate(self.quantizer.state_names):
-            self.quantizer._store(name, torch.stack([states[row][place] for row in nearest]))
-
-    def state(self) -> dict[str, Any]:
-        """What was seen, for other ranks."""
-        return {"rows": {row: observer.state() for row, observer in self.rows.items()}}
-
-    def merge(self, state: dict[str, Any]) -> None:
-        """Takes what another rank has seen into account."""
-        for row, seen in state["rows"].items():
-            self._row(row).merge(seen)
-
-    def _row(self, row: int) -> Observer:
-        if row not in self.rows:
-            plain = UniformQuantizer(self.quantizer.scheme, self.quantizer.axis).to(self.quantizer.scale.device)
-            self.rows[row] = Observer(plain, self.rule, self.name)
-        return self.rows[row]
 
 
 def _described(timesteps: Sequence[float]) -> str:
