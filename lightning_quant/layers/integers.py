@@ -27,6 +27,8 @@ def integer_grid(quantizer: Quantizer | None, granularities: tuple[str, ...] = (
     assert isinstance(quantizer, UniformQuantizer)
     if quantizer.observer is not None or is_watched(quantizer) or not quantizer.calibrated:
         return None
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in quantizer.parameters()):
+        return None  # its scale is being learned
     scheme = quantizer.scheme
     plain = scheme.bits <= BITS and not scheme.dynamic and scheme.granularity in granularities
     return quantizer if plain else None
