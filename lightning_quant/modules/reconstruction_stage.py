@@ -31,6 +31,9 @@ from lightning_quant.modules.unit_states import UnitStates
 from lightning_quant.modules.unit_tail import FloatTail
 from lightning_quant.solvers import Balance, Reconstruction, output_distance
 
+# How many batches tell what an error is at the beginning: those of one batch may be next to nothing.
+BEGINNINGS = 8
+
 
 class Task(NamedTuple):
     """One unit in one phase."""
@@ -216,15 +219,22 @@ class ReconstructionStage(LightningModule):
             if self.settings.global_weight:
                 tail = FloatTail(self.model, task.unit, self._batches, self._run, data.signature)
             seed = (self.settings.seed * 1_000_003 + number) * 4099 + self.ranks.global_rank
+            random = torch.Generator().manual_seed(seed)
+            now = _Current(task, number + 1, data, learning, random, tail, Balance() if self.settings.balance else None)
+            if now.balance is not None:
+                self._note_beginning(now)
             scope.enter_context(learning.learn(seed))
             self._train(learning)
-            random = torch.Generator().manual_seed(seed)
-            gathering = time.perf_counter() - start
-            balance = Balance() if self.settings.balance else None
-            self._current = _Current(
-                task, number + 1, data, learning, random, scope.pop_all(), gathering, tail, balance
-            )
+            now.begin(scope.pop_all(), time.perf_counter() - start)
+            self._current = now
         return self._current
+
+    def _note_beginning(self, now: _Current) -> None:
+        """Measure the rounded unit: what is learned begins at the float weights, where there is next to no error."""
+        with torch.no_grad():
+            for rows in torch.arange(now.data.samples).split(self.settings.batch_size)[:BEGINNINGS]:
+                self._errors(rows, now)
+        now.has_begun = True
 
     def _learning(self, task: Task) -> UnitLearning:
         return UnitLearning(self.model, task.unit, task.phase, self.settings, self.layers)
@@ -306,20 +316,27 @@ class _Current:
         data: UnitData,
         learning: UnitLearning,
         random: torch.Generator,
-        scope: ExitStack,
-        gathering: float,
         tail: FloatTail | None,
         balance: Balance | None,
     ) -> None:
         self.task, self.number, self.data, self.learning, self.random = task, number, data, learning, random
-        self.scope, self.gathering, self.started = scope, gathering, time.perf_counter()
         self.tail, self.balance = tail, balance
-        self.step = 0
+        self.step, self.has_begun = 0, False
         self.losses: list[Tensor] = []
+        self.begin(ExitStack(), 0.0)
+
+    def begin(self, scope: ExitStack, gathering: float) -> None:
+        """What ends with the unit, and how long it took to gather what it sees."""
+        self.scope, self.gathering, self.started = scope, gathering, time.perf_counter()
 
     def measured(self, name: str, error: Tensor, unit: Tensor) -> Tensor:
         """An error in units of the unit's own, if the settings say so."""
-        return error if self.balance is None else self.balance(name, error, unit)
+        if self.balance is None:
+            return error
+        if not self.has_begun:
+            self.balance.note(name, error, unit)
+            return error
+        return self.balance(name, error)
 
     def finished(self, settings: Reconstruction) -> bool:
         """Whether this was the last step."""

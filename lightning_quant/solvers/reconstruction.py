@@ -49,8 +49,8 @@ class Reconstruction:
             layers behind it.
         global_loss: what that error is: ``"kl"`` between softmaxes along the last axis, or ``"mse"``.
         global_every: in every how many steps it is evaluated; it counts as many times then.
-        balance: whether these errors are measured by what they are at first, in units of what the unit's own is then;
-            otherwise they are added as they are.
+        balance: whether these errors are measured by what they are before anything is learned, on average of a few
+            batches, in units of what the unit's own is then; otherwise they are added as they are.
         patience: end a unit when its loss has not fallen for that many steps; 0 never does.
         cache: where a unit's inputs and outputs are kept: ``"ram"``, ``"disk"``, or ``"recompute"`` for nowhere.
         seed: of the order of samples and of dropped elements.
@@ -162,7 +162,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "mgrq": {
         **{"granularity": "block", "phases": ["joint"], "inputs": "quantized", "keep": 1.0, "balance": True},
-        **{"global_weight": 0.5, "layer_weight": 0.5, "layer_loss": "moments"},
+        **{"global_weight": 0.05, "layer_weight": 0.5, "layer_loss": "moments"},
     },
     "edadm": {
         **{"granularity": "inner", "phases": ["joint"], "inputs": "mixed", "keep": 0.5, "penalty": 0.0},

@@ -58,21 +58,25 @@ def moment_distance(found: Tensor, exact: Tensor, channels: int = -1) -> Tensor:
 
 
 class Balance:
-    """Measures errors of several kinds in units of one of them: where all begin, they count alike.
+    """Measures errors of several kinds in units of one of them: where all begin, on average, they count alike.
 
     >>> import torch
     >>> balance = Balance()
-    >>> balance("far", torch.tensor(4.0), unit=torch.tensor(0.5))
-    tensor(0.5000)
-    >>> balance("far", torch.tensor(2.0), unit=torch.tensor(0.1))
-    tensor(0.2500)
+    >>> for error in (1.0, 7.0):
+    ...     balance.note("far", torch.tensor(error), unit=torch.tensor(0.5))
+    >>> balance("far", torch.tensor(4.0)), balance("far", torch.tensor(2.0))
+    (tensor(0.5000), tensor(0.2500))
     """
 
     def __init__(self) -> None:
-        self.ratios: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, name: str, error: Tensor, unit: Tensor) -> Tensor:
-        """An error as a multiple of what it was at first, in units of what another one was then."""
-        if name not in self.ratios:
-            self.ratios[name] = unit.detach() / error.detach().clamp(min=NOISE)
-        return error * self.ratios[name]
+    def note(self, name: str, error: Tensor, unit: Tensor) -> None:
+        """What an error is at the beginning on some samples, and the one that it is measured by."""
+        errors, units = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = errors + error.detach(), units + unit.detach()
+
+    def __call__(self, name: str, error: Tensor) -> Tensor:
+        """An error as a multiple of what it was at the beginning, in units of what the other one was then."""
+        errors, units = self._sums[name]
+        return error * (units / errors.clamp(min=NOISE))
