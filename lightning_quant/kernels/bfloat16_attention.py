@@ -1,0 +1,123 @@
+"""Float attention in bfloat16 on a CPU."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_quant.kernels.pieces import hide, part_of_mask, pieces, size_of_piece
+
+ROUNDS = 3  # the first one warms up
+
+
+class Bfloat16Attention:
+    """Answers the calls of ``F.scaled_dot_product_attention`` by two products and a softmax where that is faster.
+
+    On a CPU torch's fused kernel takes as long in bfloat16 as in float32, unless there is AMX, while oneDNN's products
+    are several times faster. The first call of every shape finds out. Calls that are not in bfloat16, and those with
+    dropout, gradients, a causal mask or shared heads, go to torch as they are.
+
+    >>> attend = Bfloat16Attention()
+    >>> q, k, v = (torch.randn(2, 3, 7, 16, dtype=torch.bfloat16) for _ in range(3))
+    >>> attend(q, k, v).shape
+    torch.Size([2, 3, 7, 16])
+    >>> sorted(attend.seconds[q.shape, k.shape, v.shape, None])
+    ['fused', 'in three steps']
+    """
+
+    name = "bfloat16 attention"
+
+    def __init__(self) -> None:
+        self.seconds: dict[Any, dict[str, float]] = {}
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Queries (..., L, E), keys (..., S, E), values (..., S, Ev) -> (..., L, Ev)."""
+        q, k, v = query, key, value
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()  # as autocast does in front of the fused kernel
+        if dropout_p or is_causal or enable_gqa or not _are_plain(q, k, v):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        with torch.autocast("cpu", enabled=False):
+            return self._faster(q, k, v, attn_mask, scale)
+
+    def _faster(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        case = query.shape, key.shape, value.shape, None if mask is None else mask.shape
+        known = self.seconds.get(case)
+        if known is None:
+            known = self.seconds[case] = self._measure(query, key, value, mask, scale)
+        if known["in three steps"] < known["fused"]:
+            return in_three_steps(query, key, value, mask, scale)
+        return _fused(query, key, value, mask, scale)
+
+    def _measure(self, *operands: Any) -> dict[str, float]:
+        ways = {"fused": _fused, "in three steps": in_three_steps}
+        seconds = dict.fromkeys(ways, math.inf)
+        for _ in range(ROUNDS):
+            for name, attend in ways.items():
+                began = time.perf_counter()
+                attend(*operands)
+                seconds[name] = min(seconds[name], time.perf_counter() - began)
+        return seconds
+
+
+def in_three_steps(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    r"""Attention whose map is rounded to the type of its operands.
+
+    .. math:: \text{out} = \text{softmax}(s \, q k^\top + m) \, v
+
+    Args:
+        query: (..., L, E).
+        key: (..., S, E).
+        value: (..., S, Ev).
+        mask: what is added to the scores, or ``False`` where they are hidden; broadcastable to (..., L, S).
+        scale: s; its default is that of torch.
+
+    >>> q, k, v = (torch.randn(2, 3, 7, 16) for _ in range(3))
+    >>> torch.testing.assert_close(in_three_steps(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    """
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    q, k, v = (x.expand(*lead, -1, -1).reshape(math.prod(lead), *x.shape[-2:]) for x in (query, key, value))
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+    heads, rows, keys = len(q), q.size(1), k.size(1)
+    width, height = size_of_piece(heads, rows, keys)
+    out, work = q.new_empty(heads, rows, v.size(2)), q.new_empty(width, height, keys)  # the work is used again
+    for some, of in pieces(heads, rows, width, height):
+        maps = work[: some.stop - some.start, : of.stop - of.start]
+        torch.baddbmm(maps, q[some, of], k[some].transpose(1, 2), beta=0, alpha=scale, out=maps)
+        part = part_of_mask(mask, lead, some, of)
+        nothing_to_see = None if part is None else hide(maps, part)
+        torch.softmax(maps, -1, out=maps)
+        if nothing_to_see is not None:
+            maps.masked_fill_(nothing_to_see, 0.0)
+        torch.bmm(maps, v[some], out=out[some, of])
+    return out.view(*lead, rows, v.size(2))
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+
+
+def _are_plain(*operands: Tensor) -> bool:
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+    known = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() for x in operands)
+    return known and not learning and not torch.compiler.is_compiling()
