@@ -19,10 +19,11 @@ from lightning_quant.kernels.openvino import LoweredModules, Trial, has_openvino
 from lightning_quant.kernels.spec import AnySpec, LayerSpec
 from lightning_quant.kernels.swapped import Swappable, SwappedKernels, attentions_of
 from lightning_quant.kernels.table import KernelTable
+from lightning_quant.kernels.torchao import has_torchao
 from lightning_quant.layers import QuantizedLayer
 
-Backend = Literal["auto", "torch", "openvino", "triton"]
-BACKENDS = ("auto", "torch", "openvino", "triton")
+Backend = Literal["auto", "torch", "openvino", "triton", "torchao"]
+BACKENDS = ("auto", "torch", "openvino", "triton", "torchao")
 
 
 class KernelSwap(Callback):
@@ -47,9 +48,10 @@ class KernelSwap(Callback):
         backend: ``"torch"`` takes the low-bit kernels that torch brings along: those of CPUs, and of fp8 on GPUs;
             ``"triton"`` takes those of GPUs: integers by Triton, fp8 by torch; ``"openvino"`` compiles the largest
             submodules that OpenVINO takes in the first batch, with the scales that were calibrated, and leaves the rest
-            to torch; ``"auto"`` takes any of the first two, measures it in the first batch against the float product,
-            and keeps the faster one; if OpenVINO is installed and predict has a while to go, it then tries that for a
-            few batches, and keeps what is faster. With ``keep`` or ``compile`` it measures nothing.
+            to torch; ``"torchao"`` hands integers and scales to torchao, which is made for ``compile=True``;
+            ``"auto"`` takes any of the first two, measures it in the first batch against the float product, and keeps
+            the faster one; if OpenVINO is installed and predict has a while to go, it then tries that for a few
+            batches, and keeps what is faster. With ``keep`` or ``compile`` it measures nothing.
         keep: keep the kernels and drop the float weights. There is no way back. Not with OpenVINO.
         compile: compile the swapped network with ``torch.compile`` while it predicts.
         strict: refuse a model in which a quantized layer has no low-bit kernel.
@@ -60,8 +62,8 @@ class KernelSwap(Callback):
     Raises:
         RuntimeError: if the model has no calibrated quantized layer.
         ValueError: with ``strict``, naming the layers without a low-bit kernel; with ``backend="triton"``, if the model
-            is not on a GPU, or Triton is not installed.
-        ModuleNotFoundError: if OpenVINO is asked for and not installed.
+            is not on a GPU, or Triton is not installed; with ``backend="torchao"``, if it takes no layer.
+        ModuleNotFoundError: if OpenVINO or torchao is asked for and not installed.
 
     >>> from lightning_quant import PostTrainingQuantization
     >>> ptq, swap = PostTrainingQuantization(), KernelSwap()
@@ -81,6 +83,8 @@ class KernelSwap(Callback):
                 raise ValueError('backend="openvino" takes neither keep=True nor compile=True: take backend="torch"')
             if not has_openvino():
                 raise ModuleNotFoundError('backend="openvino" needs it: pip install "lightning-quant[openvino]"')
+        if backend == "torchao" and not has_torchao():
+            raise ModuleNotFoundError('backend="torchao" needs it: pip install "lightning-quant[torchao]"')
         self.backend = backend
         self.keep = keep
         self.compile = compile
@@ -159,6 +163,12 @@ class KernelSwap(Callback):
             measure = backend == "auto" and not self.keep and not self.compile
             swapped = SwappedKernels(places, measure, self.keep, backend)
         self._require_kernels(swapped.without, len(places))
+        if backend == "torchao" and not layers.keys() - swapped.without.keys():
+            name = next(iter(layers))
+            raise ValueError(
+                f'backend="torchao" takes none of {len(layers)} quantized layers; `{name}`: {swapped.without[name]}. '
+                f'Choose another format, or backend="auto"'
+            )
         self.table = KernelTable(swapped.swap(), gpu_in_words() if on == {"cuda"} else integer_instructions())
         keep_freed_memory()
         self._swapped = swapped
