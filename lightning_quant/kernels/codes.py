@@ -64,8 +64,8 @@ class Grid(NamedTuple):
 
         Args:
             x: floats.
-            exact: ``False`` takes the fastest way, which can round a few in a million the other way: for floats that
-                were rounded to bfloat16, and for models that are.
+            exact: ``False`` takes the fastest way, which may round what lies in the middle between two codes the other
+                way; for models whose floats are rounded to bfloat16 anyhow.
         """
         if not exact and 0 <= self.zero_point <= 2 * CENTRE - 1 and rounds_at_once():
             return self._at_once(x.detach())
