@@ -57,6 +57,13 @@ def test_the_faster_one_answers(faster, monkeypatch):
     assert torch.equal(attend(q, k, v), want)
 
 
+def test_lengths_that_change_are_not_measured_each_time():
+    attend = Bfloat16Attention()
+    for length in range(16, 32):
+        attend(*operands((2, 3, length, 8), (2, 3, length, 8), torch.bfloat16))
+    assert len(attend.seconds) == 1
+
+
 def test_autocast_is_seen():
     attend, (q, k, v) = Bfloat16Attention(), operands((2, 3, 9, 8), (2, 3, 9, 8))
     with torch.autocast("cpu", torch.bfloat16):
