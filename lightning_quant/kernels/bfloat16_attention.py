@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,14 +14,15 @@ from torch import Tensor
 
 from lightning_quant.kernels.pieces import hide, part_of_mask, pieces, size_of_piece
 
-ROUNDS = 3  # the first one warms up
+# The first one warms up, and a busy moment spoils a call or two, but not those of several layers.
+MEASURED, ROUNDS = 4, 2
 
 
 class Bfloat16Attention:
     """Answers the calls of ``F.scaled_dot_product_attention`` by two products and a softmax where that is faster.
 
     On a CPU without AMX torch's fused kernel takes as long in bfloat16 as in float32, while oneDNN's products are
-    several times faster. The first call of about that size finds out. Calls that are not in bfloat16, and those with
+    several times faster. The first calls of about that size find out. Calls that are not in bfloat16, and those with
     dropout, gradients, a causal mask or shared heads, go to torch as they are.
 
     >>> attend = Bfloat16Attention()
@@ -34,6 +37,7 @@ class Bfloat16Attention:
 
     def __init__(self) -> None:
         self.seconds: dict[Any, dict[str, float]] = {}
+        self._measured: Counter[Any] = Counter()
 
     def __call__(
         self,
@@ -59,22 +63,18 @@ class Bfloat16Attention:
 
     def _faster(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         case = *map(_about, (query.shape[:-2].numel(), query.size(-2), key.size(-2))), value.size(-1), mask is None
-        known = self.seconds.get(case)
-        if known is None:
-            known = self.seconds[case] = self._measure(query, key, value, mask, scale)
-        if known["in three steps"] < known["fused"]:
-            return in_three_steps(query, key, value, mask, scale)
-        return _fused(query, key, value, mask, scale)
+        known = self.seconds.setdefault(case, dict.fromkeys(_WAYS, math.inf))
+        if self._measured[case] < MEASURED:
+            self._measured[case] += 1
+            self._measure(known, query, key, value, mask, scale)
+        return _WAYS[min(known, key=lambda way: known[way])](query, key, value, mask, scale)
 
-    def _measure(self, *operands: Any) -> dict[str, float]:
-        ways = {"fused": _fused, "in three steps": in_three_steps}
-        seconds = dict.fromkeys(ways, math.inf)
+    def _measure(self, seconds: dict[str, float], *operands: Any) -> None:
         for _ in range(ROUNDS):
-            for name, attend in ways.items():
+            for way, attend in _WAYS.items():
                 began = time.perf_counter()
                 attend(*operands)
-                seconds[name] = min(seconds[name], time.perf_counter() - began)
-        return seconds
+                seconds[way] = min(seconds[way], time.perf_counter() - began)
 
 
 def in_three_steps(
@@ -115,6 +115,9 @@ def in_three_steps(
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+
+
+_WAYS: dict[str, Callable[..., Tensor]] = {"fused": _fused, "in three steps": in_three_steps}
 
 
 def _about(number: int) -> int:
