@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 # Without a GPU triton's kernels run in its interpreter, for the tests.
-EXTRAS := timm,diffusers,transformers,openvino,triton,cli,bench,docs,dev
+EXTRAS := timm,diffusers,transformers,openvino,triton,torchao,cli,bench,docs,dev
 DEMO_EXTRAS := timm,bench
 # Two workers with one thread each (conftest.py) fill two cores better than one process with two threads.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope

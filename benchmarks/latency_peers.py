@@ -21,6 +21,10 @@ def float32_eager(model: nn.Module, inputs: Tensor, threads: int) -> Run:
     return lambda: model(inputs)
 
 
+def bfloat16_eager(model: nn.Module, inputs: Tensor, threads: int) -> Run:
+    return _in_bfloat16(lambda: model(inputs))
+
+
 def float32_compiled(model: nn.Module, inputs: Tensor, threads: int) -> Run:
     compiled = torch.compile(model)
     return _in_inference(lambda: compiled(inputs))
@@ -65,8 +69,23 @@ def _ours(model: nn.Module, inputs: Tensor, swap: KernelSwap, **arguments: Any) 
     return lambda: module(inputs)
 
 
+def _ours_mixed(model: nn.Module, inputs: Tensor, swap: KernelSwap, **arguments: Any) -> Run:
+    """As ``Trainer(precision="bf16-mixed")`` runs it."""
+    module = _calibrated(model, inputs, **arguments)
+    swap.swap(module)
+    run = _in_bfloat16(lambda: module(inputs))
+    with torch.inference_mode(), swap.looking(module):
+        run()
+    swap.settle()
+    return run
+
+
 def ours(model: nn.Module, inputs: Tensor, threads: int) -> Run:
     return _ours(model, inputs, KernelSwap(), attention=False)
+
+
+def ours_mixed(model: nn.Module, inputs: Tensor, threads: int) -> Run:
+    return _ours_mixed(model, inputs, KernelSwap(), attention=False)
 
 
 def ours_with_attention(model: nn.Module, inputs: Tensor, threads: int) -> Run:
@@ -87,6 +106,10 @@ def ours_on_openvino_with_attention(model: nn.Module, inputs: Tensor, threads: i
 
 def ours_seven_bits(model: nn.Module, inputs: Tensor, threads: int) -> Run:
     return _ours(model, inputs, KernelSwap(backend="torch"), attention=False, activations="int7")
+
+
+def ours_on_torchao(model: nn.Module, inputs: Tensor, threads: int) -> Run:
+    return _ours(model, inputs, KernelSwap("torchao", compile=True), attention=False)
 
 
 # ---------------------------------------------------------------- others
@@ -173,16 +196,23 @@ def _in_inference(run: Run) -> Run:
     return torch.inference_mode()(run)
 
 
+def _in_bfloat16(run: Run) -> Run:
+    return torch.autocast("cpu", torch.bfloat16)(run)
+
+
 PEERS = {
     "float32 eager": float32_eager,
+    "bfloat16 eager": bfloat16_eager,
     "float32 compiled": float32_compiled,
     "lightning_quant simulated": simulated,
     "lightning_quant": ours,
+    "lightning_quant, bf16-mixed": ours_mixed,
     "lightning_quant, attention too": ours_with_attention,
     "lightning_quant, int8 wherever taken": ours_int8_everywhere,
     "lightning_quant, 7-bit activations": ours_seven_bits,
     "lightning_quant on OpenVINO": ours_on_openvino,
     "lightning_quant on OpenVINO, attention too": ours_on_openvino_with_attention,
+    "lightning_quant on torchao, compiled": ours_on_torchao,
     "torchao int8 dynamic, compiled": torchao_dynamic,
     "ONNX Runtime float32": onnxruntime_float,
     "ONNX Runtime int8 dynamic": onnxruntime_dynamic,

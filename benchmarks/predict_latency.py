@@ -97,7 +97,11 @@ def compare(name: str, batch: int, arguments: argparse.Namespace) -> dict[str, f
 
 def print_table(name: str, batch: int, medians: dict[str, float]) -> None:
     eager = medians.get("float32 eager")
-    others = [median for contender, median in medians.items() if not contender.startswith(("lightning", "float32"))]
+    others = [
+        median
+        for contender, median in medians.items()
+        if not contender.startswith(("lightning", "float32", "bfloat16"))
+    ]
     print(f"\n{name}, batch {batch}")
     print(f"  {'':34} {'ms':>8} {'of eager':>9} {'of best peer':>13}")
     for contender, median in sorted(medians.items(), key=lambda pair: pair[1]):

@@ -1,6 +1,6 @@
 """Read-only knowledge of a model."""
 
-from lightning_quant.graph.attention import AttentionCalls
+from lightning_quant.graph.attention import AttentionCalls, AttentionWatcher
 from lightning_quant.graph.bottleneck import find_bottleneck
 from lightning_quant.graph.cache_points import CachePoint, find_cache_point, readers
 from lightning_quant.graph.costs import Cost
@@ -11,11 +11,12 @@ from lightning_quant.graph.residual import HeadPair, Residual, residual_stream
 from lightning_quant.graph.roofline import Bits, Machine, Work, kv_bytes, machine_table, work
 from lightning_quant.graph.select import Selection, select
 from lightning_quant.graph.temporal import Temporal, TemporalWatcher
-from lightning_quant.graph.trace import ModelGraph, trace, watch
+from lightning_quant.graph.trace import ModelGraph, trace, watch, watching
 from lightning_quant.graph.units import units_of
 
 __all__ = [
     "AttentionCalls",
+    "AttentionWatcher",
     "Bits",
     "CachePoint",
     "Cost",
@@ -46,5 +47,6 @@ __all__ = [
     "trace_operators",
     "units_of",
     "watch",
+    "watching",
     "work",
 ]

@@ -103,13 +103,20 @@ def watch(module: nn.Module, watchers: Sequence[Watcher], run: Callable[[], Any]
         watchers: who is told what happens.
         run: runs the module, or something that contains it.
     """
-    recorder = _Recorder(module, watchers)
     # A compiled model would run without its hooks.
-    with torch.compiler.set_stance("force_eager"), recorder.watching(), recorder, torch.no_grad():
+    with torch.compiler.set_stance("force_eager"), watching(module, watchers) as order, torch.no_grad():
         output = run()
     for watcher in watchers:
         watcher.finish(output)
-    return list(recorder.order)
+    return list(order)
+
+
+@contextlib.contextmanager
+def watching(module: nn.Module, watchers: Sequence[Watcher]) -> Iterator[dict[str, None]]:
+    """Let watchers look on while a model runs by itself; gives the names of the modules that ran, in order."""
+    recorder = _Recorder(module, watchers)
+    with recorder.watching(), recorder:
+        yield recorder.order
 
 
 class _Recorder(TorchFunctionMode):

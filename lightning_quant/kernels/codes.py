@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -57,8 +59,16 @@ class Grid(NamedTuple):
         """The unsigned code of 0."""
         return -self.lowest
 
-    def unsigned(self, x: Tensor) -> Tensor:
-        """uint8 codes: n counted from the lowest one."""
+    def unsigned(self, x: Tensor, exact: bool = True) -> Tensor:
+        """uint8 codes: n counted from the lowest one.
+
+        Args:
+            x: floats.
+            exact: ``False`` takes the fastest way, which may round what lies in the middle between two codes the other
+                way; for models whose floats are rounded to bfloat16 anyhow.
+        """
+        if not exact and 0 <= self.zero_point <= 2 * CENTRE - 1 and rounds_at_once():
+            return self._at_once(x.detach())
         return self._bytes(x, self.zero_point - CENTRE).view(torch.uint8).add_(CENTRE)
 
     def signed(self, x: Tensor) -> Tensor:
@@ -80,6 +90,16 @@ class Grid(NamedTuple):
             codes.copy_(self._round_(steps, offset))
         return out
 
+    def _at_once(self, x: Tensor) -> Tensor:
+        if x.numel() < 2 * PIECE or not x.is_contiguous() or x.dtype == torch.float32:
+            codes = _rounded_at_once(x.float(), self.scale, self.zero_point)
+        else:
+            codes = torch.empty(x.shape, dtype=torch.uint8)
+            for piece, part in zip(x.view(-1).split(PIECE), codes.view(-1).split(PIECE), strict=True):
+                part.copy_(_rounded_at_once(piece.float(), self.scale, self.zero_point))
+        levels = self.highest - self.lowest
+        return codes if levels == 2 * CENTRE - 1 else codes.clamp_(max=levels)
+
     def _round_(self, steps: Tensor, offset: int) -> Tensor:
         steps = steps.round_().add_(offset) if offset else steps.round_()
         return steps.clamp_(self.lowest + offset, self.highest + offset)
@@ -88,3 +108,25 @@ class Grid(NamedTuple):
 def to_uint8(steps: Tensor) -> Tensor:
     """Whole floats from 0 to 255, which nobody needs any more, as bytes."""
     return steps.sub_(CENTRE).to(torch.int8).view(torch.uint8).add_(CENTRE)
+
+
+def rounds_at_once() -> bool:
+    """Whether torch still has an operator that makes bytes of floats in one pass; not inside a compiled graph."""
+    return not torch.compiler.is_compiling() and _has_operator()
+
+
+@functools.cache
+def _has_operator() -> bool:
+    """It belongs to the quantized tensors that torch will remove some day, of which it warns once."""
+    if not hasattr(torch, "quantize_per_tensor"):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _rounded_at_once(torch.tensor([-1.0, 0.26, 9.0]), 0.5, 3).tolist() == [1, 4, 21]
+
+
+def _rounded_at_once(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """It adds the zero point before it rounds, so that near ties may fall on the other side."""
+    quantized = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+    codes = torch.empty(0, dtype=torch.uint8)  # int_repr() would copy them
+    return codes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lightning_quant.kernels.codes import PIECE, Grid
 from lightning_quant.kernels.kernel import Kernel
+from lightning_quant.kernels.pieces import hide, part_of_mask, pieces, size_of_piece
 from lightning_quant.kernels.spec import AttentionSpec
 from lightning_quant.layers import QuantAttention
 from lightning_quant.layers.base import through
@@ -89,10 +89,10 @@ class Int8Attention(Kernel):
         )
         out = torch.empty(len(q), q.size(1), v.size(2))
         work, factor = _Work.of(len(q), q.size(1), k.size(1), v.size(2)), self.query.scale * self.key.scale * scale
-        for heads, rows in work.pieces(len(q), q.size(1)):
+        for heads, rows in pieces(len(q), q.size(1), *work.sums.shape[:2]):
             piece = work.cut(heads, rows)
             self._scores(piece, q[heads, rows], k[heads], factor)
-            maps = piece.softmax(_part(attn_mask, lead, heads, rows))
+            maps = piece.softmax(part_of_mask(attn_mask, lead, heads, rows))
             maps = torch.dropout(maps, dropout_p, train=True) if dropout_p else maps
             self._values(piece, attention, maps, v[heads], out[heads, rows])
         return out.view(*lead, *out.shape[1:]).to(query.dtype)
@@ -126,18 +126,10 @@ class _Work(NamedTuple):
     @classmethod
     def of(cls, heads: int, rows: int, keys: int, channels: int) -> _Work:
         """Room for several heads, or for some rows of one."""
-        n = max(1, min(heads, PIECE // max(1, rows * keys)))
-        size = n, max(1, min(rows, PIECE // max(1, keys))), keys
+        size = *size_of_piece(heads, rows, keys, PIECE), keys
         types = (torch.int32, torch.float32, torch.float32, torch.int8)
         maps = (torch.empty(size, dtype=dtype) for dtype in types)
         return cls._make([*maps, torch.empty(*size[:2], channels, dtype=torch.int32)])
-
-    def pieces(self, heads: int, rows: int) -> Iterator[tuple[slice, slice]]:
-        """All heads and rows, piece by piece."""
-        width, height = self.sums.shape[:2]
-        for head in range(0, heads, width):
-            for row in range(0, rows, height):
-                yield slice(head, min(head + width, heads)), slice(row, min(row + height, rows))
 
     def cut(self, heads: slice, rows: slice) -> _Work:
         """Room for just this piece."""
@@ -147,11 +139,7 @@ class _Work(NamedTuple):
         """The map of the scores, of which a mask (n, l, S) hides some."""
         if mask is None:
             return torch.softmax(self.scores, -1, out=self.maps)
-        if mask.dtype == torch.bool:
-            self.scores.masked_fill_(~mask, -math.inf)
-        else:
-            self.scores.add_(mask)
-        nothing_to_see = self.scores.isneginf().all(-1, keepdim=True)  # torch answers 0 for such a row, softmax NaN
+        nothing_to_see = hide(self.scores, mask)
         return torch.softmax(self.scores, -1, out=self.maps).masked_fill_(nothing_to_see, 0.0)
 
 
@@ -183,14 +171,3 @@ def _multiply(
         totals = left.sum(2, keepdim=True, dtype=torch.int32) if totals is None else totals
         out -= totals * right_offset
     return out
-
-
-def _part(mask: Tensor | None, lead: torch.Size, heads: slice, rows: slice) -> Tensor | None:
-    """The part of a mask (..., L, S) for some rows of some heads: (n, l, S)."""
-    if mask is None:
-        return None
-    mask = mask[..., rows, :] if mask.size(-2) > 1 else mask
-    if mask.dim() == 2:
-        return mask
-    where = torch.unravel_index(torch.arange(math.prod(lead))[heads], lead)
-    return mask.expand(*lead, *mask.shape[-2:])[where]

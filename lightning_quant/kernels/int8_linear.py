@@ -93,7 +93,8 @@ class Int8Linear(Kernel):
         """(..., in) -> (..., out)."""
         scheme = inputs.scheme
         if not scheme.dynamic:
-            return cast(Tensor, self.product(self.grid.unsigned(x), output_dtype(x)))
+            dtype = output_dtype(x)
+            return cast(Tensor, self.product(self.grid.unsigned(x, exact=dtype != torch.bfloat16), dtype))
         scale, zero_point = inputs.state_for(x.float())
         steps = torch.mul(x.float(), scale.reciprocal()).round_().add_(zero_point - scheme.qmin)
         out = cast(Tensor, self.product(to_uint8(steps.clamp_(0, scheme.qmax - scheme.qmin))))

@@ -21,7 +21,8 @@ class Kernel(nn.Module, ABC):
         name: as tables show it.
         kinds: the float classes of the layers that it is for.
         device: the type of device that it runs on.
-        backends: the names under which ``KernelSwap`` takes it, beside ``"auto"``, which takes all.
+        backends: the names under which ``KernelSwap`` takes it.
+        automatic: whether ``"auto"`` takes it, too.
         low_bit: whether its products are of integers, rather than of floats on the grid.
     """
 
@@ -29,6 +30,7 @@ class Kernel(nn.Module, ABC):
     kinds: ClassVar[frozenset[str]]
     device: ClassVar[str] = "cpu"
     backends: ClassVar[frozenset[str]] = frozenset({"torch"})
+    automatic: ClassVar[bool] = True
     low_bit: ClassVar[bool] = True
 
     @classmethod

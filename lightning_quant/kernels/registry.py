@@ -16,12 +16,15 @@ from lightning_quant.kernels.int8_conv import Int8Conv
 from lightning_quant.kernels.int8_linear import Int8Linear
 from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import AnySpec
+from lightning_quant.kernels.torchao.int4 import TorchaoInt4Weights
+from lightning_quant.kernels.torchao.int8 import TorchaoInt8Linear, TorchaoInt8Weights
 from lightning_quant.kernels.weight_only import Int4Weights, Int8Weights
 
 # The first one that takes a layer answers for it.
 KERNELS: tuple[type[Kernel], ...] = (
     *(Int8Linear, Int8Conv, Int4Weights, Int8Weights, Int8Attention),  # CPU
     *(TritonInt8Linear, TritonInt4Weights, Fp8Linear),  # CUDA
+    *(TorchaoInt8Linear, TorchaoInt8Weights, TorchaoInt4Weights),  # where asked for
 )
 FALLBACK = DecodedWeights
 
@@ -44,7 +47,7 @@ def choose(spec: AnySpec, backend: str = "auto") -> Choice:
 
     Args:
         spec: what it is like.
-        backend: which kernels are asked; ``"auto"``: all of them.
+        backend: which kernels are asked; ``"auto"``: all but those that want to be asked for.
 
     >>> import torch
     >>> from lightning_quant.kernels.spec import LayerSpec
@@ -58,7 +61,7 @@ def choose(spec: AnySpec, backend: str = "auto") -> Choice:
     refusals = {
         kernel: kernel.why_not(spec)
         for kernel in KERNELS
-        if kernel.considers(spec) and backend in ("auto", *kernel.backends)
+        if kernel.considers(spec) and (kernel.automatic if backend == "auto" else backend in kernel.backends)
     }
     for kernel, refusal in refusals.items():
         if refusal is None:

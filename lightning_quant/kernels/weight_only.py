@@ -101,17 +101,10 @@ class Int4Weights(WeightOnly):
         quantizer = layer.weight_quantizer
         assert isinstance(quantizer, UniformQuantizer)
         self.group = self.group_of(quantizer.scheme.group_size, self.shape[1])
-        codes = quantizer.encode(layer.weight_rows().detach())
-        centred = codes - self.middle_code + 8  # of fewer bits too, 0 is the 8 of the product
-        zero = quantizer.zero_point - quantizer.scheme.qmin - self.middle_code
-        groups = (self.shape[0], self.shape[1] // self.group)
-        state = [
-            (value if value.dim() == 2 else value.reshape(-1, 1)).expand(groups)
-            for value in (quantizer.scale, -zero * quantizer.scale)
-        ]
+        centred, scales = grouped(layer, self.group)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(centred, 1)
         self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scales", torch.stack(state, -1).transpose(0, 1).bfloat16().contiguous(), persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
 
     @classmethod
     def group_of(cls, size: int | None, inputs: int) -> int:
@@ -119,15 +112,22 @@ class Int4Weights(WeightOnly):
         return next((known for known in cls.sizes if inputs % known == 0 and size in (None, known)), 0)
 
     @classmethod
+    def why_not_groups(cls, size: int | None, inputs: int) -> str | None:
+        """Why the product knows no such groups, or ``None`` if it does."""
+        if cls.group_of(size, inputs):
+            return None
+        known = "32, 64, 128 or 256"
+        if size is None:
+            return f"its {inputs} inputs are no groups of {known}"
+        return f"its {inputs} inputs are {inputs / size:g} groups of {size}, not a number of them of {known}"
+
+    @classmethod
     def why_not_shape(cls, spec: LayerSpec) -> str | None:
         """Takes groups of 32, 64, 128 or 256 inputs, or a scale for each output, and multiples of 16 outputs."""
         assert spec.weights is not None
         outputs, inputs = spec.shape
-        if not cls.group_of(spec.weights.group_size, inputs):
-            size, known = spec.weights.group_size, "32, 64, 128 or 256"
-            if size is None:
-                return f"its {inputs} inputs are no groups of {known}"
-            return f"its {inputs} inputs are {inputs / size:g} groups of {size}, not a number of them of {known}"
+        if reason := cls.why_not_groups(spec.weights.group_size, inputs):
+            return reason
         return None if outputs % 16 == 0 else f"its {outputs} outputs are no multiple of 16"
 
     def product(self, rows: Tensor) -> Tensor:
@@ -144,6 +144,30 @@ class Int4Weights(WeightOnly):
     def _multiplied(self, rows: Tensor, scales: Tensor) -> Tensor:
         rows = rows.to(torch.bfloat16).contiguous()
         return cast(Tensor, torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, scales))
+
+
+def grouped(layer: QuantizedLayer, group: int) -> tuple[Tensor, Tensor]:
+    """A weight of up to 4 bits as torch's products take it, which compute ``(code - 8) * scale + shift``.
+
+    Args:
+        layer: whose weight it is.
+        group: how many inputs share a scale.
+
+    Returns:
+        Codes (out, in) int32, and scale and shift of every group (groups, out, 2) in bfloat16.
+    """
+    quantizer = layer.weight_quantizer
+    assert isinstance(quantizer, UniformQuantizer)
+    middle_code = 2 ** (quantizer.scheme.bits - 1)
+    codes = quantizer.encode(layer.weight_rows().detach())
+    centred = codes - middle_code + 8  # of fewer bits too, 0 is the 8 of the product
+    zero = quantizer.zero_point - quantizer.scheme.qmin - middle_code
+    groups = len(codes), codes.shape[1] // group
+    state = [
+        (value if value.dim() == 2 else value.reshape(-1, 1)).expand(groups)
+        for value in (quantizer.scale, -zero * quantizer.scale)
+    ]
+    return centred, torch.stack(state, -1).transpose(0, 1).bfloat16().contiguous()
 
 
 class Int8Weights(WeightOnly):

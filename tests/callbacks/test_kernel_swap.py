@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_quant import KernelSwap, PostTrainingQuantization, load_quantized, save_quantized
+from lightning_quant.kernels.attention_door import RoutedAttention
 from lightning_quant.kernels.layer_door import KernelLayer
 from lightning_quant.layers import QuantizedLayer
 from tests.cases import CASES, Case, is_float, predictions, ptq, quantized
@@ -197,6 +198,68 @@ def test_threads_share_a_kept_model():
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(torch.no_grad()(model), batches))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+# ---------------------------------------------------------------- between the products
+
+
+def in_precision(precision: str, case: Case, model: nn.Module, *callbacks: L.Callback) -> torch.Tensor:
+    running = trainer(case(), *callbacks, precision=precision)
+    return torch.cat([out.float() for out in running.predict(model, datamodule=Sequences())])
+
+
+class Attends(L.Callback):
+    """Notes which modules attend in another way than their own."""
+
+    def __init__(self):
+        self.routed = []
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        found = {name for name, module in pl_module.named_modules() if isinstance(module, RoutedAttention)}
+        self.routed.append(found)
+
+
+without_attention = Case(PostTrainingQuantization, {"attention": False})
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_in_bfloat16_float_attention_is_routed_after_the_first_batch_and_comes_back(precision):
+    model = without_attention.quantized()
+    want, state = predictions(without_attention, model), copy.deepcopy(model.state_dict())
+    simulated = in_precision(precision, without_attention, model)
+    swap, attends = KernelSwap("torch"), Attends()
+    out = in_precision(precision, without_attention, model, swap, attends)
+    assert (out - simulated).norm() < 0.03 * simulated.norm()
+    assert attends.routed[1:] and all(found == {"blocks.0", "blocks.1"} for found in attends.routed[1:])
+    rows = {row.layer: row.kernel for row in swap.table.rows}
+    assert rows["blocks.0"] == rows["blocks.1"] == "bfloat16 attention" and rows["head"].startswith("int8")
+    assert not swapped(model) and not any(isinstance(module, RoutedAttention) for module in model.modules())
+    if precision == "bf16-mixed":
+        assert torch.equal(predictions(without_attention, model), want)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+
+
+def test_in_float32_attention_is_left_alone():
+    model, attends = without_attention.quantized(), Attends()
+    predict(without_attention, model, KernelSwap("torch"), attends)
+    assert not any(attends.routed)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_an_exception_in_bfloat16_leaves_nothing_behind(batch):
+    class FailsEarly(L.Callback):
+        def on_predict_batch_start(self, trainer, pl_module, batch_, batch_idx, dataloader_idx=0):
+            if batch_idx == batch:
+                raise KeyError("early")
+
+    model = without_attention.quantized()
+    want = predictions(without_attention, model)
+    with pytest.raises(KeyError, match="early"):
+        in_precision("bf16-mixed", without_attention, model, KernelSwap("torch"), FailsEarly())
+    assert torch.is_grad_enabled() and torch._C._len_torch_function_stack() == 0
+    assert not swapped(model) and not any(isinstance(module, RoutedAttention) for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(predictions(without_attention, model), want)
 
 
 # ---------------------------------------------------------------- the table, and what is refused
