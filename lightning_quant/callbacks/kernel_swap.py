@@ -32,6 +32,11 @@ class KernelSwap(Callback):
     which is the same up to the rounding of floats. A layer that no low-bit kernel takes keeps multiplying floats on
     the grid, with weights that are rounded once; ``table`` names it and says why.
 
+    On a CPU a convolution also takes over the BatchNorm and the activation behind it, and hands the next layer codes in
+    the place of floats; whoever else reads what lies between is given floats, as ever. The norm becomes part of one
+    scale and bias for each channel, so about one code in a million falls on the other side of a rounding. Nothing is
+    taken over with ``compile``, where gradients are asked for, and in norms that train.
+
     The simulated layers come back when predict ends or fails. Their Parameters, names and state dict stay as they are
     throughout, so a checkpoint that is written meanwhile is that of the simulated model. With ``keep=True`` the
     kernels stay and the float weights are dropped: what is saved then holds packed integers.
@@ -143,7 +148,7 @@ class KernelSwap(Callback):
             swapped = LoweredModules(model, places)
         else:
             measure = backend == "auto" and not self.keep and not self.compile
-            swapped = SwappedKernels(places, measure, self.keep, backend)
+            swapped = SwappedKernels(places, measure, self.keep, backend, fuse=not self.compile)
         self._require_kernels(swapped.without, len(places))
         self.table = KernelTable(swapped.swap(), gpu_in_words() if on == {"cuda"} else integer_instructions())
         keep_freed_memory()

@@ -66,6 +66,10 @@ class Fastest(Kernel):
         """A weight on its grid, as the layer stores it."""
         return self.second.weight(layer, name)
 
+    def in_steps(self, layer: QuantizedLayer, weight: Tensor) -> Tensor:
+        """The same weight as integers."""
+        return self.second.in_steps(layer, weight)
+
     def _measure(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in (*args, *kwargs.values()))
         plain(self.first.run(layer, *args, **kwargs))  # before it sees the floats of what is handed on in codes

@@ -42,10 +42,8 @@ class Int8Conv(PatientKernel):
         self.place = [*layer.stride, *layer.padding, *layer.dilation, layer.groups]
         self.grid = Grid.of(inputs)
         scale = (weights.scale * inputs.scale).expand(len(codes)).contiguous()
-        zero_point = self.grid.zero_point
-        packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, zero_point, *_where(self.place), None)
-        self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
+        self._pack(codes)
         self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int64), persistent=False)
         bias = layer.full_bias()
         bias = None if bias is None else bias.detach().float()
@@ -124,6 +122,20 @@ class Int8Conv(PatientKernel):
     def shape_of(self, codes: Tensor) -> tuple[int, int, int, int]:
         """Of the convolution of codes."""
         return codes.shape[0], self.scale.shape[0], *_image(codes, self.packed, self.place)
+
+    def _pack(self, codes: Tensor) -> None:
+        packed = torch.ops.onednn.qconv_prepack(codes, self.scale, 1.0, self.grid.zero_point, *_where(self.place), None)
+        self.register_buffer("packed", packed, persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Packed weights cannot be saved; their integers can."""
+        return {**self.__dict__, "_buffers": {**self._buffers, "packed": None}, "_integers": self.packed.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pack the integers again."""
+        integers = state.pop("_integers")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pack(integers)
 
     def _codes(self, x: Tensor) -> Tensor:
         """Channels last, and laid out one after the other while they are rounded: (B, C, H, W)."""

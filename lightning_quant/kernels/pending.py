@@ -12,6 +12,7 @@ for, whether that is a residual sum, a hook, or a network that takes another way
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable
@@ -58,12 +59,9 @@ class Epilogue(NamedTuple):
         return 0 <= grid.zero_point <= _BYTE and (whole or not self.curve)
 
     def clamped_to(self, grid: Grid) -> Epilogue:
-        """The same with a clamp that cuts off what is not on a grid, if bytes do not do so by themselves."""
-        low, high = (round(grid.inverse * bound) if math.isfinite(bound) else bound for bound in (self.low, self.high))
-        if grid.highest - grid.lowest == _BYTE and low <= grid.lowest and high >= grid.highest:
-            return self._replace(low=-math.inf, high=math.inf)
-        ends = grid.scale * grid.lowest, grid.scale * grid.highest
-        return self._replace(low=min(max(self.low, ends[0]), ends[1]), high=max(min(self.high, ends[1]), ends[0]))
+        """The same with a clamp between codes of a grid, or with none where bytes end there by themselves."""
+        low, high = _ends(self.low, self.high, grid)
+        return self if self.curve else self._replace(low=low, high=high)
 
     def operation(self) -> tuple[str, list[float]]:
         """The clamp or curve as oneDNN calls it, with its numbers."""
@@ -75,11 +73,20 @@ class Epilogue(NamedTuple):
         return "hardtanh", [max(self.low, -largest), min(self.high, largest)]
 
 
+@functools.lru_cache(maxsize=2**12)
+def _ends(low: float, high: float, grid: Grid) -> tuple[float, float]:
+    """What the codes of two bounds stand for: the same codes come out, and no float falls between two of them."""
+    steps = (torch.tensor([low, high]) * grid.inverse).round_().clamp_(grid.lowest, grid.highest).tolist()
+    if steps == [grid.lowest, grid.highest] and grid.highest - grid.lowest == _BYTE:
+        return -math.inf, math.inf
+    return grid.scale * steps[0], grid.scale * steps[1]
+
+
 class PatientKernel(Kernel):
     """A kernel that can take what follows it into its own product.
 
     Attributes:
-        patient: whether its answers wait; not where somebody was seen to read the bare ones.
+        patient: whether its answers wait; not where the first one was read as it is.
         trusted: whether one step was seen to answer like one after the other, by what these are.
         absorbed: names of what it was seen to take over.
         hands_on: whether it was seen to answer in codes.
@@ -107,11 +114,11 @@ class PatientKernel(Kernel):
 
     def layout_of(self, codes: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shape and strides of that: channels last."""
-        size = codes.shape
-        if self._layout is None or self._layout[0] != size:
+        layout = self._layout
+        if layout is None or layout[0] != codes.shape:
             b, c, h, w = self.shape_of(codes)
-            self._layout = size, ((b, c, h, w), (c * h * w, 1, w * c, c))
-        return self._layout[1]
+            layout = self._layout = codes.shape, ((b, c, h, w), (c * h * w, 1, w * c, c))
+        return layout[1]
 
     @property
     def bare(self) -> Epilogue:
@@ -125,7 +132,7 @@ class PatientKernel(Kernel):
 
     def folded(self, norm: _Norm) -> Epilogue | None:
         """With a norm behind the layer, if that is the same for every batch; computed once for the same norm."""
-        if norm.training or torch.is_autocast_enabled("cpu"):
+        if norm.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
         known, state, epilogue = self._folded or (None, None, None)
         now = norm.state()
@@ -136,11 +143,12 @@ class PatientKernel(Kernel):
             bias = shift if self.bias is None else torch.addcmul(shift, self.bias, scale)
             epilogue = Epilogue(self.scale * scale, bias)
             self._folded = norm, now, epilogue
-        return None if norm.is_learned() else epilogue
+        return epilogue
 
     def answer(self, codes: Tensor) -> Tensor:
         """What the layer answers to codes, now or when it is asked for."""
-        waits = self.patient and codes.numel() and not torch.jit.is_tracing()
+        waits = self.patient and codes.numel() and not torch.is_grad_enabled()
+        waits = waits and not torch._C._is_tracing()  # which looks at memory
         return Pending(self, codes, self.bare) if waits else self.finish(codes, self.bare)
 
 
@@ -160,10 +168,6 @@ class _Norm(NamedTuple):
         tensors = [x for x in self[:4] if x is not None]
         own = self.running_mean is not None and self.running_var is not None
         return own and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-
-    def is_learned(self) -> bool:
-        """Whether somebody asks for its gradients."""
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self[:4])
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """In the order in which torch computes them."""
@@ -196,22 +200,24 @@ class Pending(Tensor):
     codes: Tensor
     epilogue: Epilogue
     steps: tuple[_Step, ...]
+    _value: Tensor | None
+    _on_grid: tuple[Grid, Tensor] | None
 
     def __new__(
         cls, kernel: PatientKernel, codes: Tensor, epilogue: Epilogue, steps: tuple[_Step, ...] = ()
     ) -> Pending:
+        """A tensor without memory."""
         shape, strides = kernel.layout_of(codes)
         self: Pending = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=torch.float32, device=_CPU)
         self.kernel, self.codes, self.epilogue, self.steps = kernel, codes, epilogue, steps
-        self._value: Tensor | None = None
-        self._on_grid: tuple[Grid, Tensor] | None = None
+        self._value = self._on_grid = None
         return self
 
     def value(self) -> Tensor:
         """The floats."""
         if self._value is None:
             fused = bool(self.steps) and self._is_fused(None)
-            self._value = self.kernel.finish(self.codes, self.epilogue) if fused else self._one_by_one(self.codes)
+            self._value = self.kernel.finish(self.codes, self.epilogue) if fused else self.one_by_one(self.codes)
         return self._value
 
     def codes_on(self, grid: Grid) -> Tensor:
@@ -245,7 +251,7 @@ class Pending(Tensor):
         return func(*map(_floats, args), **{name: _floats(x) for name, x in kwargs.items()})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Code that is not Python asks for the floats, too."""
@@ -253,21 +259,24 @@ class Pending(Tensor):
 
     def _is_fused(self, grid: Grid | None) -> bool:
         """Whether the kernel does it all at once, which the first time is compared with one step after the other."""
-        what = grid is None, *(step.name for step in self.steps)
-        if what not in self.kernel.trusted:
-            self.kernel.trusted[what] = self._agrees(grid)
-            self.kernel.absorbed = max(self.kernel.absorbed, what[1:], key=len)
-            self.kernel.hands_on |= grid is not None
-        return self.kernel.trusted[what]
+        names = tuple(step.name for step in self.steps)
+        trusted = self.kernel.trusted.get((names, grid is None))
+        if trusted is None:
+            trusted = self.kernel.trusted[names, grid is None] = self._agrees(grid)
+            if trusted:
+                self.kernel.absorbed = max(self.kernel.absorbed, names, key=len)
+                self.kernel.hands_on |= grid is not None
+        return trusted
 
     def _agrees(self, grid: Grid | None) -> bool:
         few = self.codes[:1]
-        want, found = self._one_by_one(few), self.kernel.finish(few, self.epilogue, grid)
+        want, found = self.one_by_one(few), self.kernel.finish(few, self.epilogue, grid)
         if grid is None:
             return not bool((found - want).abs().max() > _TOLERANCE * want.abs().max())
         return not bool((found.int() - grid.unsigned(want).int()).abs().max() > 1)
 
-    def _one_by_one(self, codes: Tensor) -> Tensor:
+    def one_by_one(self, codes: Tensor) -> Tensor:
+        """The floats of these codes, by one step after the other."""
         out = self.kernel.finish(codes, self.kernel.bare)
         for step in self.steps:
             out = step(out)
@@ -288,6 +297,8 @@ class _Step(NamedTuple):
     @property
     def name(self) -> str:
         """As tables show it."""
+        if self.func is F.hardtanh and (self.kwargs.get("min_val"), self.kwargs.get("max_val")) == (0, 6):
+            return "relu6"  # as torch spells it, too
         name = self.func.__name__.strip("_")
         return "BatchNorm" if name == "batch_norm" else name
 
@@ -301,7 +312,7 @@ def _read(x: Any) -> Any:
     """The floats of a pending answer, which whoever reads them may change."""
     if not isinstance(x, Pending):
         return x
-    if not x.steps:
+    if not x.steps and not x.kernel.absorbed:
         x.kernel.patient = False
     x._on_grid = None
     return x.value()

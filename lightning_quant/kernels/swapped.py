@@ -28,15 +28,21 @@ class SwappedKernels:
             one.
         keep: drop the float weights; then nothing comes back.
         backend: which kernels are asked.
+        fuse: let kernels take over norms and activations that follow them.
     """
 
     def __init__(
-        self, places: Mapping[str, tuple[Swappable, AnySpec]], measure: bool, keep: bool, backend: str = "auto"
+        self,
+        places: Mapping[str, tuple[Swappable, AnySpec]],
+        measure: bool,
+        keep: bool,
+        backend: str = "auto",
+        fuse: bool = True,
     ) -> None:
         self.places = {name: place for name, (place, _) in places.items()}
         self.choices: dict[str, Choice] = {name: choose(spec, backend) for name, (_, spec) in places.items()}
         self.formats = {name: spec.formats for name, (_, spec) in places.items()}
-        self.measure, self.keep = measure, keep
+        self.measure, self.keep, self.fuse = measure, keep, fuse
         self._swapped: dict[str, KernelLayer | KernelAttention] = {}
         self._told: dict[str, str] = {}
 
@@ -98,6 +104,8 @@ class SwappedKernels:
             attend_on(place, chosen.of(place), self.keep)
         else:
             kernel = chosen.of(place, packed=self.keep)
+            if isinstance(kernel, PatientKernel):
+                kernel.patient = self.fuse
             run_on(place, Fastest(kernel, FALLBACK.of(place)) if self.measure and kernel.low_bit else kernel, self.keep)
         if not self.keep:
             self._swapped[name] = cast(KernelLayer | KernelAttention, place)

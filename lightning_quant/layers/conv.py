@@ -56,7 +56,7 @@ def same_padding(
     >>> same_padding((112, 7), (3, 3), (2, 2), (1, 1))
     [1, 1, 0, 1]
     """
-    margins = []
+    margins: list[int] = []
     for length, window, step, apart in zip(size, kernel, stride, dilation, strict=True):
         missing = max((-(-length // step) - 1) * step + (window - 1) * apart + 1 - length, 0)
         margins = [missing // 2, missing - missing // 2, *margins]  # the last axis comes first
