@@ -37,7 +37,7 @@ class Int8Conv(PatientKernel):
         assert isinstance(weights, UniformQuantizer) and isinstance(inputs, UniformQuantizer)
         assert isinstance(layer, torch.nn.Conv2d) and not isinstance(layer.padding, str)
         self.lowest_weight = weights.scheme.qmin
-        codes = (weights.encode(layer.weight.detach()) + self.lowest_weight).to(torch.int8)
+        codes = (weights.encode(layer.weight_rows().detach()) + self.lowest_weight).to(torch.int8)
         self.same = layer.float_class.__name__ == "Conv2dSame"
         self.place = [*layer.stride, *layer.padding, *layer.dilation, layer.groups]
         self.grid = Grid.of(inputs)

@@ -15,7 +15,7 @@ from lightning_quant.kernels.registry import choose
 from lightning_quant.kernels.spec import LayerSpec
 from lightning_quant.kernels.weight_only import Int4Weights, Int8Weights
 from lightning_quant.layers import quantize_layer
-from lightning_quant.quantizers import Scheme
+from lightning_quant.quantizers import Pattern, Scheme
 from tests.kernels.layers import assert_same, calibrated, skewed
 
 WEIGHTS = [
@@ -142,6 +142,19 @@ def test_symmetric_weights_and_static_inputs_answer_bit_for_bit(make, shape, wei
     assert torch.equal(layer(x), simulated)
 
 
+@torch.no_grad()
+def test_a_convolution_that_is_also_pruned():
+    x = skewed(2, 6, 13, 14)
+    layer = nn.Conv2d(6, 10, 3, padding=1)
+    quantize_layer(layer, None, None, Pattern.parse("2:4"))
+    layer.prune(torch.rand(layer.weight.shape) > 0.5)
+    calibrated(layer, "int8_sym_channel", "int7_asym_tensor", x)
+    assert (layer.quantized() == 0).float().mean() > 0.4
+    simulated = layer(x)
+    run_on(layer, Int8Conv.of(layer))
+    assert torch.equal(layer(x), simulated)
+
+
 @pytest.mark.parametrize(
     ("layer", "weights", "inputs", "why"),
     [
@@ -219,3 +232,20 @@ def test_the_fallback_is_the_simulated_layer_bit_for_bit(weights, packed):
     run_on(layer, DecodedWeights.of(layer, packed=packed), keep=packed)
     assert torch.equal(layer(x), simulated)
     assert torch.equal(layer.kernel.codes(layer, "weight"), codes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True], ids=["decoded", "packed"])
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(32, 16), (5, 32)), (nn.Conv1d(4, 8, 3), (2, 4, 9))], ids=["linear", "conv"]
+)
+def test_the_fallback_rounds_weights_to_integers_once(layer, shape, packed):
+    x = skewed(*shape)
+    layer = calibrated(copy.deepcopy(layer), "int8_sym_channel", "int8_asym_tensor", x)
+    simulated, integers = layer(x), layer.weight_integers(layer.quantized())
+    assert torch.equal(integers, integers.round()) and integers.abs().max() <= 128
+    run_on(layer, DecodedWeights.of(layer, packed=packed), keep=packed)
+    found = [layer.weight_integers(layer.quantized()) for _ in range(2)]
+    assert torch.equal(found[0], integers)
+    assert (found[0] is found[1]) is not packed
+    assert torch.equal(layer(x), simulated)

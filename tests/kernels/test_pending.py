@@ -479,4 +479,4 @@ def test_a_hundred_swaps_leave_no_trace():
         resident.append(psutil.Process().memory_info().rss)
     assert torch.equal(predict(net, ptq), want)
     assert max(resident) < resident[0] + 4e6
-    assert not [x for x in gc.get_objects() if isinstance(x, Pending)]
+    assert not [x for x in gc.get_objects() if type(x) is Pending]
