@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_quant import KernelSwap, PostTrainingQuantization
+from lightning_quant.callbacks import kernel_latency
 from lightning_quant.kernels import int8_product
 from lightning_quant.kernels.codes import Grid
 from lightning_quant.kernels.int8_conv import Int8Conv
@@ -272,6 +273,14 @@ def test_other_precisions_do_not_wait(layer, x):
         assert type(F.batch_norm(waiting, torch.zeros(10), torch.ones(10))) is torch.Tensor
     assert type(layer(x[0])) is torch.Tensor
     assert layer(x[:0]).shape == (0, 10, 9, 8)
+
+
+def test_whoever_measures_it_lets_it_compute(layer, x, monkeypatch):
+    finished, finish = [], Int8Conv.finish
+    monkeypatch.setattr(Int8Conv, "finish", lambda *args: finished.append(args) or finish(*args))
+    with torch.no_grad():
+        kernel_latency._seconds(layer, x)
+    assert len(finished) == 1
 
 
 # ---------------------------------------------------------------- norms
