@@ -40,6 +40,11 @@ class KernelSwap(Callback):
     write bfloat16, and float attention, which takes as long as all products in float32, is computed in it by the
     faster of two ways. Where the model attends is seen in the first batch.
 
+    On a CPU a convolution also takes over the BatchNorm and the activation behind it, and hands the next layer codes in
+    the place of floats; whoever else reads what lies between is given floats, as ever. The norm becomes part of one
+    scale and bias for each channel, so about one code in a million falls on the other side of a rounding. Nothing is
+    taken over with ``compile``, where gradients are asked for, and in norms that train.
+
     The simulated layers come back when predict ends or fails. Their Parameters, names and state dict stay as they are
     throughout, so a checkpoint that is written meanwhile is that of the simulated model. With ``keep=True`` the
     kernels stay and the float weights are dropped: what is saved then holds packed integers.
@@ -161,7 +166,7 @@ class KernelSwap(Callback):
             swapped = LoweredModules(model, places)
         else:
             measure = backend == "auto" and not self.keep and not self.compile
-            swapped = SwappedKernels(places, measure, self.keep, backend)
+            swapped = SwappedKernels(places, measure, self.keep, backend, fuse=not self.compile)
         self._require_kernels(swapped.without, len(places))
         if backend == "torchao" and not layers.keys() - swapped.without.keys():
             name = next(iter(layers))

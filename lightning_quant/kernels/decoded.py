@@ -28,6 +28,7 @@ class DecodedWeights(Kernel):
         super().__init__()
         self.shapes: dict[str, torch.Size] = {}
         self.decoded: dict[str, Tensor] = {}
+        self._integers: Tensor | None = None
 
     @classmethod
     def why_not(cls, spec: LayerSpec) -> str | None:
@@ -66,6 +67,14 @@ class DecodedWeights(Kernel):
             return super().weight(layer, name)
         rows = kept.new_zeros(self.shapes[name]).masked_scatter_(layer.masks()[name].keep, kept)
         return rows.t() if layer.transposed else rows
+
+    def in_steps(self, layer: QuantizedLayer, weight: Tensor) -> Tensor:
+        """A weight as integers: rounded once, as the weight was, unless only packed codes are held."""
+        if weight is not self.decoded.get("weight"):
+            return super().in_steps(layer, weight)
+        if self._integers is None:
+            self._integers = super().in_steps(layer, weight)
+        return self._integers
 
     def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
         """The codes of a weight."""

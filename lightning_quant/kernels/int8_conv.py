@@ -1,26 +1,31 @@
-"""W8A8 on a CPU: convolutions whose windows overlap."""
+"""W8A8 on a CPU: convolutions."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_quant.kernels.codes import Grid
 from lightning_quant.kernels.int8_linear import FLOATS, output_dtype
 from lightning_quant.kernels.int8_product import may_saturate
-from lightning_quant.kernels.kernel import Kernel
-from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.pending import Epilogue, PatientKernel, Pending
+from lightning_quant.kernels.spec import AnySpec, LayerSpec
 from lightning_quant.layers import QuantizedLayer
+from lightning_quant.layers.conv import same_padding
 from lightning_quant.quantizers import UniformQuantizer
 
 
-class Int8Conv(Kernel):
-    """A convolution of activation codes with weight codes, scaled once. What is padded is an exact zero."""
+class Int8Conv(PatientKernel):
+    """A convolution of activation codes with weight codes, scaled once. What is padded is an exact zero.
+
+    BatchNorm, activation and the rounding for the next kernel are taken into the same pass.
+    """
 
     name: ClassVar[str] = "int8 conv (oneDNN)"
-    kinds: ClassVar[frozenset[str]] = frozenset({"Conv2d"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"Conv2d", "Conv2dSame"})
 
     packed: Tensor
     scale: Tensor
@@ -32,17 +37,22 @@ class Int8Conv(Kernel):
         assert isinstance(weights, UniformQuantizer) and isinstance(inputs, UniformQuantizer)
         assert isinstance(layer, torch.nn.Conv2d) and not isinstance(layer.padding, str)
         self.lowest_weight = weights.scheme.qmin
-        codes = (weights.encode(layer.weight.detach()) + self.lowest_weight).to(torch.int8)
+        codes = (weights.encode(layer.weight_rows().detach()) + self.lowest_weight).to(torch.int8)
+        self.same = layer.float_class.__name__ == "Conv2dSame"
         self.place = [*layer.stride, *layer.padding, *layer.dilation, layer.groups]
         self.grid = Grid.of(inputs)
         scale = (weights.scale * inputs.scale).expand(len(codes)).contiguous()
-        zero_point = self.grid.zero_point
-        packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, zero_point, *_where(self.place), None)
-        self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
+        self._pack(codes)
+        self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int64), persistent=False)
         bias = layer.full_bias()
         bias = None if bias is None else bias.detach().float()
         self.register_buffer("bias", bias, persistent=False)
+
+    @classmethod
+    def considers(cls, spec: AnySpec) -> bool:
+        """Not the patches of a transformer, which are a linear layer."""
+        return super().considers(spec) and not _is_of_patches(spec)
 
     @classmethod
     def why_not(cls, spec: LayerSpec) -> str | None:
@@ -74,13 +84,68 @@ class Int8Conv(Kernel):
     def run(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the layer: (B, C, H, W) or (C, H, W)."""
         x = cast(Tensor, args[0] if args else next(iter(kwargs.values())))
-        images = x if x.dim() == 4 else x.unsqueeze(0)
-        codes = self.grid.unsigned(images.contiguous(memory_format=torch.channels_last))
-        convolve = _compiled_convolve if torch.compiler.is_compiling() else _convolve
-        out: Tensor = convolve(
-            codes, self.packed, self.scale, self.bias, self.grid.zero_point, self.place, output_dtype(x)
+        compiles = torch.compiler.is_compiling()
+        handed_on = not compiles and isinstance(x, Pending)
+        image = not handed_on and x.dim() == 3
+        codes = cast(Pending, x).codes_on(self.grid) if handed_on else self._codes(x.unsqueeze(0) if image else x)
+        if self.same and any(margins := self._margins(codes)):
+            codes = F.pad(codes, margins, value=self.grid.zero_point)
+        dtype = torch.float32 if handed_on and not torch.is_autocast_enabled("cpu") else output_dtype(x)
+        if dtype == torch.float32 and not compiles and not image:
+            return self.answer(codes)
+        convolve = _compiled_convolve if compiles else _convolve
+        out: Tensor = convolve(codes, self.packed, self.scale, self.bias, self.grid.zero_point, self.place, dtype)
+        return out.squeeze(0) if image else out
+
+    def finish(self, codes: Tensor, epilogue: Epilogue, grid: Grid | None = None) -> Tensor:
+        """The convolution and what follows it, in one pass."""
+        if grid is not None:
+            epilogue = epilogue.clamped_to(grid)
+        scale, zero_point = (1.0, 0) if grid is None else (grid.scale, grid.zero_point)
+        out: Tensor = torch.ops.onednn.qconv_pointwise(
+            codes,
+            1.0,
+            self.grid.zero_point,
+            self.packed,
+            epilogue.scale,
+            self.zeros,
+            epilogue.bias,
+            *_where(self.place),
+            scale,
+            zero_point,
+            torch.float32 if grid is None else torch.uint8,
+            *epilogue.operation(),
+            "",
         )
-        return out if x.dim() == 4 else out.squeeze(0)
+        return out
+
+    def shape_of(self, codes: Tensor) -> tuple[int, int, int, int]:
+        """Of the convolution of codes."""
+        return codes.shape[0], self.scale.shape[0], *_image(codes, self.packed, self.place)
+
+    def _pack(self, codes: Tensor) -> None:
+        packed = torch.ops.onednn.qconv_prepack(codes, self.scale, 1.0, self.grid.zero_point, *_where(self.place), None)
+        self.register_buffer("packed", packed, persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Packed weights cannot be saved; their integers can."""
+        return {**self.__dict__, "_buffers": {**self._buffers, "packed": None}, "_integers": self.packed.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pack the integers again."""
+        integers = state.pop("_integers")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pack(integers)
+
+    def _codes(self, x: Tensor) -> Tensor:
+        """Channels last, and laid out one after the other while they are rounded: (B, C, H, W)."""
+        rows = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        return self.grid.unsigned(rows).permute(0, 3, 1, 2)
+
+    def _margins(self, codes: Tensor) -> list[int]:
+        """What ``F.pad`` adds."""
+        stride, _, dilation, _ = _where(self.place)
+        return same_padding(codes.shape[2:], self.packed.shape[2:], stride, dilation)
 
     def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
         """The codes of the weight."""
@@ -101,6 +166,20 @@ def _convolve(
         codes, 1.0, zero_point, packed, scale, zeros, bias, *_where(place), 1.0, 0, dtype, "none", [], ""
     )
     return out
+
+
+def _is_of_patches(spec: AnySpec) -> bool:
+    """Whether the windows lie side by side; those of one pixel are handed on from layer to layer as images."""
+    assert isinstance(spec, LayerSpec) and spec.conv is not None
+    stride, padding, *_ = spec.conv
+    return tuple(stride) == spec.shape[2:] != (1, 1) and padding in ("valid", (0, 0))
+
+
+def _image(codes: Tensor, packed: Tensor, place: list[int]) -> tuple[int, int]:
+    """Height and width of what a convolution answers."""
+    sizes = zip(codes.shape[2:], packed.shape[2:], place[0:2], place[2:4], place[4:6], strict=True)
+    height, width = ((size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in sizes)
+    return height, width
 
 
 def _where(place: list[int]) -> tuple[list[int], list[int], list[int], int]:
@@ -132,6 +211,5 @@ def _shape_of_convolution(
     place: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    sizes = zip(codes.shape[2:], packed.shape[2:], place[0:2], place[2:4], place[4:6], strict=True)
-    image = [(size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in sizes]
+    image = _image(codes, packed, place)
     return codes.new_empty(len(codes), len(scale), *image, dtype=dtype).to(memory_format=torch.channels_last)

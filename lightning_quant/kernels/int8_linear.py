@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_quant.kernels.codes import Grid, to_uint8
 from lightning_quant.kernels.int8_product import Int8Product
 from lightning_quant.kernels.kernel import Kernel
-from lightning_quant.kernels.spec import LayerSpec
+from lightning_quant.kernels.spec import AnySpec, LayerSpec
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import UniformQuantizer
 
@@ -58,11 +58,14 @@ class Int8Linear(Kernel):
             )
 
     @classmethod
+    def considers(cls, spec: AnySpec) -> bool:
+        """A convolution only if its windows do not overlap."""
+        return super().considers(spec) and (spec.kind in MATRICES or _windows_do_not_overlap(spec))
+
+    @classmethod
     def why_not(cls, spec: LayerSpec) -> str | None:
         """Takes weights per tensor or channel, and inputs per tensor or token."""
         matrix = spec.kind in MATRICES
-        if not matrix and not _windows_do_not_overlap(spec):
-            return "its windows overlap"
         if spec.dtype not in FLOATS:
             return f"its float weights are {spec.dtype}, not float32 or bfloat16".replace("torch.", "")
         if reason := spec.why_not_plain_integers():
@@ -131,8 +134,8 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _windows_do_not_overlap(spec: LayerSpec) -> bool:
-    assert spec.conv is not None
+def _windows_do_not_overlap(spec: AnySpec) -> bool:
+    assert isinstance(spec, LayerSpec) and spec.conv is not None
     stride, padding, dilation, groups, _ = spec.conv
     unpadded = padding == "valid" or (not isinstance(padding, str) and not any(padding))
     apart = tuple(stride) == spec.shape[2:] or set(spec.shape[2:]) == {1}

@@ -61,3 +61,7 @@ class Kernel(nn.Module, ABC):
         quantizer = layer.weight_quantizers()[name]
         rows = quantizer.decode(self.codes(layer, name)).to(getattr(layer, name).dtype)
         return rows.t() if layer.transposed else rows
+
+    def in_steps(self, layer: QuantizedLayer, weight: Tensor) -> Tensor:
+        """The same weight as integers, for a layer that simulates."""
+        return QuantizedLayer.weight_integers(layer, weight)

@@ -40,6 +40,10 @@ class KernelLayer(QuantizedLayer):
         """The weight as the quantized layer computes with it."""
         return self.kernel.weight(self, name)
 
+    def weight_integers(self, weight: Tensor) -> Tensor:
+        """The same as integers, which the kernel may know already."""
+        return self.kernel.in_steps(self, weight)
+
     @property
     def kept(self) -> bool:
         """Whether the float weights were dropped."""

@@ -22,7 +22,7 @@ from lightning_quant.kernels.weight_only import Int4Weights, Int8Weights
 
 # The first one that takes a layer answers for it.
 KERNELS: tuple[type[Kernel], ...] = (
-    *(Int8Linear, Int8Conv, Int4Weights, Int8Weights, Int8Attention),  # CPU
+    *(Int8Conv, Int8Linear, Int4Weights, Int8Weights, Int8Attention),  # CPU
     *(TritonInt8Linear, TritonInt4Weights, Fp8Linear),  # CUDA
     *(TorchaoInt8Linear, TorchaoInt8Weights, TorchaoInt4Weights),  # where asked for
 )

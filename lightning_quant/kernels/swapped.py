@@ -10,6 +10,7 @@ from torch import nn
 from lightning_quant.kernels.attention_door import KernelAttention, attend_on, simulate_attention
 from lightning_quant.kernels.fastest import Fastest
 from lightning_quant.kernels.layer_door import KernelLayer, give_back, run_on
+from lightning_quant.kernels.pending import PatientKernel
 from lightning_quant.kernels.registry import FALLBACK, Choice, choose
 from lightning_quant.kernels.spec import AnySpec, AttentionSpec
 from lightning_quant.kernels.table import KernelRow
@@ -27,16 +28,23 @@ class SwappedKernels:
             one.
         keep: drop the float weights; then nothing comes back.
         backend: which kernels are asked.
+        fuse: let kernels take over norms and activations that follow them.
     """
 
     def __init__(
-        self, places: Mapping[str, tuple[Swappable, AnySpec]], measure: bool, keep: bool, backend: str = "auto"
+        self,
+        places: Mapping[str, tuple[Swappable, AnySpec]],
+        measure: bool,
+        keep: bool,
+        backend: str = "auto",
+        fuse: bool = True,
     ) -> None:
         self.places = {name: place for name, (place, _) in places.items()}
         self.choices: dict[str, Choice] = {name: choose(spec, backend) for name, (_, spec) in places.items()}
         self.formats = {name: spec.formats for name, (_, spec) in places.items()}
-        self.measure, self.keep = measure, keep
+        self.measure, self.keep, self.fuse = measure, keep, fuse
         self._swapped: dict[str, KernelLayer | KernelAttention] = {}
+        self._told: dict[str, str] = {}
 
     @property
     def without(self) -> dict[str, str]:
@@ -61,20 +69,25 @@ class SwappedKernels:
         """Take the kernels that were faster in the first call for good.
 
         Returns:
-            Those that are not low-bit ones, each with the reason; ``None`` if nothing was measured.
+            Those that are not low-bit ones, each with the reason, and those that took over what follows them; ``None``
+            if there is nothing new.
         """
         measured = {
             name: place.kernel
             for name, place in self._swapped.items()
             if isinstance(place.kernel, Fastest) and place.kernel.seconds
         }
-        slower = {}
+        found = {}
         for name, pair in measured.items():
             self._swapped[name].__dict__["kernel"] = pair.chosen
             if not pair.chosen.low_bit:
                 why = f"{pair.first.name} took {pair.seconds[0] / pair.seconds[1]:.2f}x as long in the first batch"
-                slower[name] = pair.chosen.name, why
-        return slower if measured else None
+                found[name] = pair.chosen.name, why
+        for name, place in self.places.items():
+            kernel = getattr(place, "kernel", None)
+            if isinstance(kernel, PatientKernel) and kernel.absorbed and self._told.get(name) != kernel.in_words:
+                found[name] = self._told[name], _ = kernel.in_words, ""
+        return found if measured or found else None
 
     def give_back(self) -> None:
         """Let everything simulate again, unless the kernels are kept."""
@@ -91,6 +104,8 @@ class SwappedKernels:
             attend_on(place, chosen.of(place), self.keep)
         else:
             kernel = chosen.of(place, packed=self.keep)
+            if isinstance(kernel, PatientKernel):
+                kernel.patient = self.fuse
             run_on(place, Fastest(kernel, FALLBACK.of(place)) if self.measure and kernel.low_bit else kernel, self.keep)
         if not self.keep:
             self._swapped[name] = cast(KernelLayer | KernelAttention, place)

@@ -234,6 +234,13 @@ class QuantizedLayer(nn.Module):
         branch = self.low_rank_branch(name)
         return rows if branch is None else cast(Tensor, branch(rows))
 
+    def weight_integers(self, weight: Tensor) -> Tensor:
+        """A weight on the grid of ``weight_quantizer``, counted in steps from 0, stored as the Parameter is."""
+        assert self.weight_quantizer is not None
+        scale, shape = self.weight_quantizer.scale, [1] * weight.dim()
+        shape[-1 if self.transposed else 0] = -1
+        return (weight * scale.reciprocal().view(shape if scale.dim() else ())).round_()
+
     @torch.no_grad()
     def prune(self, keep: Tensor, rows: Tensor | None = None, name: str = "weight") -> None:
         """Decide a mask: what it keeps, and what became of that.

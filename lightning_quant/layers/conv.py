@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from lightning_quant.layers.base import QuantizedLayer, through
@@ -38,3 +40,24 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             return exact
         out: Tensor = self._conv_forward(through(self.input_quantizer, x), self.quantized(), self.full_bias())
         return out
+
+
+def same_padding(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """What ``F.pad`` adds to an image so that it is divided by the stride and nothing else, as TensorFlow does.
+
+    Args:
+        size: of the image: height, width.
+        kernel: of the window.
+        stride: of the convolution.
+        dilation: of the window.
+
+    >>> same_padding((112, 7), (3, 3), (2, 2), (1, 1))
+    [1, 1, 0, 1]
+    """
+    margins: list[int] = []
+    for length, window, step, apart in zip(size, kernel, stride, dilation, strict=True):
+        missing = max((-(-length // step) - 1) * step + (window - 1) * apart + 1 - length, 0)
+        margins = [missing // 2, missing - missing // 2, *margins]  # the last axis comes first
+    return margins

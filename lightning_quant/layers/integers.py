@@ -67,10 +67,7 @@ def integer_product(layer: QuantizedLayer, x: Tensor, multiply: Callable[..., An
     weight = layer.quantized()
     if not sums_are_exact(x, weight):
         return None
-    shape = [1] * weight.dim()
-    shape[-1 if layer.transposed else 0] = -1
-    steps = (weight * weights.scale.reciprocal().view(shape if weights.scale.dim() else ())).round_()
-    out: Tensor = multiply(inputs.integers(x), steps, None)
+    out: Tensor = multiply(inputs.integers(x), layer.weight_integers(weight), None)
     channels = [1] * out.dim()
     channels[axis] = -1
     scale, bias = weights.scale * inputs.scale, layer.full_bias()

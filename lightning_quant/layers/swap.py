@@ -43,6 +43,11 @@ def twin_of(layer: nn.Module) -> type[QuantizedLayer] | None:
         from lightning_quant.layers.conv1d_transformers import QuantConv1D
 
         return QuantConv1D
+    conv2d_same = sys.modules.get("timm.layers.conv2d_same")
+    if conv2d_same is not None and type(layer) is conv2d_same.Conv2dSame:
+        from lightning_quant.layers.conv2d_same_timm import QuantConv2dSame
+
+        return QuantConv2dSame
     return TWINS.get(type(layer))
 
 

@@ -15,7 +15,7 @@ from lightning_quant.kernels.registry import choose
 from lightning_quant.kernels.spec import LayerSpec
 from lightning_quant.kernels.weight_only import Int4Weights, Int8Weights
 from lightning_quant.layers import quantize_layer
-from lightning_quant.quantizers import Scheme
+from lightning_quant.quantizers import Pattern, Scheme
 from tests.kernels.layers import assert_same, calibrated, skewed
 
 WEIGHTS = [
@@ -92,7 +92,8 @@ def test_bfloat16_models_and_autocast():
 def test_convolutions_whose_windows_do_not_overlap(conv):
     x = skewed(2, 6, 13, 14)
     layer = calibrated(copy.deepcopy(conv), "int8_sym_channel", "int8_asym_tensor", x)
-    assert choose(LayerSpec.of(layer)).kernel is Int8Linear
+    pixels = conv.kernel_size == (1, 1) and not int8_product.saturates()
+    assert choose(LayerSpec.of(layer)).kernel is (Int8Conv if pixels else Int8Linear)
     assert_same(layer, Int8Linear, x, rtol=1e-4, atol=1e-4)
     assert_same(layer, Int8Linear, x[0], rtol=1e-4, atol=1e-4)
     assert_same(layer, Int8Linear, x.contiguous(memory_format=torch.channels_last), rtol=1e-4, atol=1e-4)
@@ -116,6 +117,42 @@ def test_convolutions_whose_windows_overlap(conv, inputs):
     assert choose(LayerSpec.of(layer)).kernel is Int8Conv
     assert_same(layer, Int8Conv, x, rtol=1e-4, atol=1e-4)
     assert_same(layer, Int8Conv, x[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["int8_sym_channel", "int8_sym_tensor", "int4_sym_channel"])
+@pytest.mark.parametrize("inputs", ["int8_asym_tensor", "int8_sym_tensor", "int7_asym_tensor", "uint4_asym_tensor"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda bias: nn.Linear(50, 33, bias=bias), (3, 7, 50)),
+        (lambda bias: nn.Conv2d(6, 10, 1, bias=bias), (2, 6, 13, 14)),
+        (lambda bias: nn.Conv2d(6, 10, 3, padding=1, bias=bias), (2, 6, 13, 14)),
+        (lambda bias: nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=bias), (2, 6, 13, 14)),
+        (lambda bias: nn.Conv2d(6, 10, 2, stride=2, bias=bias), (2, 6, 13, 14)),
+    ],
+    ids=["linear", "pointwise", "3x3", "depthwise", "patches"],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_symmetric_weights_and_static_inputs_answer_bit_for_bit(make, shape, weights, inputs, bias):
+    x = skewed(*shape)
+    layer = calibrated(make(bias), weights, inputs, x)
+    simulated = layer(x)
+    run_on(layer, choose(LayerSpec.of(layer)).kernel.of(layer))
+    assert torch.equal(layer(x), simulated)
+
+
+@torch.no_grad()
+def test_a_convolution_that_is_also_pruned():
+    x = skewed(2, 6, 13, 14)
+    layer = nn.Conv2d(6, 10, 3, padding=1)
+    quantize_layer(layer, None, None, Pattern.parse("2:4"))
+    layer.prune(torch.rand(layer.weight.shape) > 0.5)
+    calibrated(layer, "int8_sym_channel", "int7_asym_tensor", x)
+    assert (layer.quantized() == 0).float().mean() > 0.4
+    simulated = layer(x)
+    run_on(layer, Int8Conv.of(layer))
+    assert torch.equal(layer(x), simulated)
 
 
 @pytest.mark.parametrize(
@@ -195,3 +232,20 @@ def test_the_fallback_is_the_simulated_layer_bit_for_bit(weights, packed):
     run_on(layer, DecodedWeights.of(layer, packed=packed), keep=packed)
     assert torch.equal(layer(x), simulated)
     assert torch.equal(layer.kernel.codes(layer, "weight"), codes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True], ids=["decoded", "packed"])
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(32, 16), (5, 32)), (nn.Conv1d(4, 8, 3), (2, 4, 9))], ids=["linear", "conv"]
+)
+def test_the_fallback_rounds_weights_to_integers_once(layer, shape, packed):
+    x = skewed(*shape)
+    layer = calibrated(copy.deepcopy(layer), "int8_sym_channel", "int8_asym_tensor", x)
+    simulated, integers = layer(x), layer.weight_integers(layer.quantized())
+    assert torch.equal(integers, integers.round()) and integers.abs().max() <= 128
+    run_on(layer, DecodedWeights.of(layer, packed=packed), keep=packed)
+    found = [layer.weight_integers(layer.quantized()) for _ in range(2)]
+    assert torch.equal(found[0], integers)
+    assert (found[0] is found[1]) is not packed
+    assert torch.equal(layer(x), simulated)

@@ -1,0 +1,389 @@
+"""What a kernel will answer once it is known who reads it, so that norm, activation and rounding cost nothing.
+
+A convolution's float answer goes to a BatchNorm, from there to an activation, and from there to the next quantized
+layer, which rounds it to codes again. Each is a pass over memory that takes longer than the convolution. A
+:class:`Pending` answer has not been computed yet: whoever calls ``F.batch_norm`` on it gets another one, whose norm is
+part of the kernel's scale and bias; whoever clamps that gets one that ends in the clamp; and a kernel that reads it is
+handed codes on its own grid, straight from the integers.
+
+Nobody else can tell. To every other function a pending answer is a float tensor, which is computed when it is asked
+for, whether that is a residual sum, a hook, or a network that takes another way than in the batch before.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_quant.kernels.codes import Grid
+from lightning_quant.kernels.kernel import Kernel
+
+_BYTE = 255
+_CPU = torch.device("cpu")
+_TOLERANCE = 1e-4  # of floats, as a share of the largest
+
+
+class Epilogue(NamedTuple):
+    """What follows the sum of integers: a scale and a bias for every output, and a clamp or a curve.
+
+    Args:
+        scale: of every output (out,).
+        bias: of every output (out,), or ``None``.
+        low: the lowest answer.
+        high: the highest answer.
+        curve: an activation that oneDNN knows by this name, in the place of the clamp.
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+    low: float = -math.inf
+    high: float = math.inf
+    curve: str = ""
+
+    @property
+    def activated(self) -> bool:
+        """Whether there is a clamp or a curve."""
+        return bool(self.curve) or self.low > -math.inf or self.high < math.inf
+
+    def reaches(self, grid: Grid) -> bool:
+        """Whether one step can end on a grid's codes."""
+        whole = grid.highest - grid.lowest == _BYTE
+        return 0 <= grid.zero_point <= _BYTE and (whole or not self.curve)
+
+    def clamped_to(self, grid: Grid) -> Epilogue:
+        """The same with a clamp between codes of a grid, or with none where bytes end there by themselves."""
+        low, high = _ends(self.low, self.high, grid)
+        return self if self.curve else self._replace(low=low, high=high)
+
+    def operation(self) -> tuple[str, list[float]]:
+        """The clamp or curve as oneDNN calls it, with its numbers."""
+        if self.curve or not self.activated:
+            return self.curve or "none", []
+        if (self.low, self.high) == (0.0, math.inf):
+            return "relu", []
+        largest = torch.finfo(torch.float32).max
+        return "hardtanh", [max(self.low, -largest), min(self.high, largest)]
+
+
+@functools.lru_cache(maxsize=2**12)
+def _ends(low: float, high: float, grid: Grid) -> tuple[float, float]:
+    """What the codes of two bounds stand for: the same codes come out, and no float falls between two of them."""
+    steps = (torch.tensor([low, high]) * grid.inverse).round_().clamp_(grid.lowest, grid.highest).tolist()
+    if steps == [grid.lowest, grid.highest] and grid.highest - grid.lowest == _BYTE:
+        return -math.inf, math.inf
+    return grid.scale * steps[0], grid.scale * steps[1]
+
+
+class PatientKernel(Kernel):
+    """A kernel that can take what follows it into its own product.
+
+    Attributes:
+        patient: whether its answers wait; not where the first one was read as it is.
+        trusted: whether one step was seen to answer like one after the other, by what these are.
+        absorbed: names of what it was seen to take over.
+        hands_on: whether it was seen to answer in codes.
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patient = True
+        self.trusted: dict[Any, bool] = {}
+        self.absorbed: tuple[str, ...] = ()
+        self.hands_on = False
+        self._folded: tuple[_Norm, list[int] | None, Epilogue] | None = None
+        self._layout: tuple[torch.Size, tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+
+    @abstractmethod
+    def finish(self, codes: Tensor, epilogue: Epilogue, grid: Grid | None = None) -> Tensor:
+        """The product of codes (B, C, H, W) uint8, as float32 or as the uint8 codes of a grid: (B, out, H', W')."""
+
+    @abstractmethod
+    def shape_of(self, codes: Tensor) -> tuple[int, int, int, int]:
+        """The shape of that."""
+
+    def layout_of(self, codes: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of that: channels last."""
+        layout = self._layout
+        if layout is None or layout[0] != codes.shape:
+            b, c, h, w = self.shape_of(codes)
+            layout = self._layout = codes.shape, ((b, c, h, w), (c * h * w, 1, w * c, c))
+        return layout[1]
+
+    @property
+    def bare(self) -> Epilogue:
+        """What follows the sum of integers in the layer itself."""
+        return Epilogue(self.scale, self.bias)
+
+    @property
+    def in_words(self) -> str:
+        """Its name with what it took over."""
+        return " + ".join([self.name, *self.absorbed]) + " -> codes" * self.hands_on
+
+    def folded(self, norm: _Norm) -> Epilogue | None:
+        """With a norm behind the layer, if that is the same for every batch; computed once for the same norm."""
+        if norm.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        known, state, epilogue = self._folded or (None, None, None)
+        now = norm.state()
+        if known is None or now is None or state != now or any(a is not b for a, b in zip(known, norm, strict=True)):
+            if not norm.is_plain():
+                return None
+            scale, shift = norm.scale_and_shift()
+            bias = shift if self.bias is None else torch.addcmul(shift, self.bias, scale)
+            epilogue = Epilogue(self.scale * scale, bias)
+            self._folded = norm, now, epilogue
+        return epilogue
+
+    def answer(self, codes: Tensor) -> Tensor:
+        """What the layer answers to codes, now or when it is asked for."""
+        waits = self.patient and codes.numel() and not torch.is_grad_enabled()
+        return Pending(self, codes, self.bare) if waits else self.finish(codes, self.bare)
+
+
+class _Norm(NamedTuple):
+    """The arguments of ``F.batch_norm``."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def is_plain(self) -> bool:
+        """Whether it is of float32 on the CPU, with means and variances of its own."""
+        tensors = [x for x in self[:4] if x is not None]
+        own = self.running_mean is not None and self.running_var is not None
+        return own and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """In the order in which torch computes them."""
+        assert self.running_mean is not None and self.running_var is not None
+        with torch.no_grad():
+            scale = (self.running_var + self.eps).sqrt_().reciprocal_()
+            scale = scale if self.weight is None else scale * self.weight
+            shift = -self.running_mean * scale
+            return scale, shift if self.bias is None else shift + self.bias
+
+    def state(self) -> list[int] | None:
+        """What changes with the values of its tensors; ``None`` if that cannot be known."""
+        tensors = [x for x in self[:4] if x is not None]
+        if any(x.is_inference() for x in tensors):  # which have no version
+            return None
+        return [number for x in tensors for number in (x._version, x.data_ptr())]
+
+
+class Pending(Tensor):
+    """A float tensor (B, out, H, W) that nobody has looked at yet.
+
+    Args:
+        kernel: computes it.
+        codes: what the kernel multiplies.
+        epilogue: what follows the product.
+        steps: the same as calls of torch functions, one after the other.
+    """
+
+    kernel: PatientKernel
+    codes: Tensor
+    epilogue: Epilogue
+    steps: tuple[_Step, ...]
+    _value: Tensor | None
+    _on_grid: tuple[Grid, Tensor] | None
+
+    def __new__(
+        cls, kernel: PatientKernel, codes: Tensor, epilogue: Epilogue, steps: tuple[_Step, ...] = ()
+    ) -> Pending:
+        """A tensor without memory."""
+        shape, strides = kernel.layout_of(codes)
+        self: Pending = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=torch.float32, device=_CPU)
+        self.kernel, self.codes, self.epilogue, self.steps = kernel, codes, epilogue, steps
+        self._value = self._on_grid = None
+        return self
+
+    def value(self) -> Tensor:
+        """The floats."""
+        if self._value is None:
+            fused = bool(self.steps) and self._is_fused(None)
+            self._value = self.kernel.finish(self.codes, self.epilogue) if fused else self.one_by_one(self.codes)
+        return self._value
+
+    def codes_on(self, grid: Grid) -> Tensor:
+        """What a quantizer makes of it: uint8 (B, out, H, W), channels last."""
+        if self._on_grid is None or self._on_grid[0] != grid:
+            if self._value is None and self.epilogue.reaches(grid) and self._is_fused(grid):
+                codes = self.kernel.finish(self.codes, self.epilogue, grid)
+            else:
+                codes = grid.unsigned(self.value().contiguous(memory_format=torch.channels_last))
+            self._on_grid = grid, codes
+        return self._on_grid[1]
+
+    def few(self, samples: int) -> Pending:
+        """The first samples."""
+        return Pending(self.kernel, self.codes[:samples], self.epilogue, self.steps)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Take what the kernel can take over; ask for the floats otherwise."""
+        kwargs = kwargs or {}
+        follows = _FOLLOWS.get(func)
+        if follows is not None and args and isinstance(args[0], Pending) and args[0]._value is None:
+            taken = follows(args[0], _Step(func, args[1:], kwargs))
+            if taken is not None:
+                return taken
+        elif func in _ABOUT_SHAPE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        return func(*map(_floats, args), **{name: _floats(x) for name, x in kwargs.items()})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Code that is not Python asks for the floats, too."""
+        return func(*map(_floats, args), **{name: _floats(x) for name, x in (kwargs or {}).items()})
+
+    def _is_fused(self, grid: Grid | None) -> bool:
+        """Whether the kernel does it all at once, which the first time is compared with one step after the other."""
+        names = tuple(step.name for step in self.steps)
+        trusted = self.kernel.trusted.get((names, grid is None))
+        if trusted is None:
+            trusted = self.kernel.trusted[names, grid is None] = self._agrees(grid)
+            if trusted:
+                self.kernel.absorbed = max(self.kernel.absorbed, names, key=len)
+                self.kernel.hands_on |= grid is not None
+        return trusted
+
+    def _agrees(self, grid: Grid | None) -> bool:
+        few = self.codes[:1]
+        want, found = self.one_by_one(few), self.kernel.finish(few, self.epilogue, grid)
+        if grid is None:
+            return not bool((found - want).abs().max() > _TOLERANCE * want.abs().max())
+        return not bool((found.int() - grid.unsigned(want).int()).abs().max() > 1)
+
+    def one_by_one(self, codes: Tensor) -> Tensor:
+        """The floats of these codes, by one step after the other."""
+        out = self.kernel.finish(codes, self.kernel.bare)
+        for step in self.steps:
+            out = step(out)
+        return out
+
+
+class _Step(NamedTuple):
+    """A call of a function on the answer so far."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.func(x, *self.args, **self.kwargs)
+        return out
+
+    @property
+    def name(self) -> str:
+        """As tables show it."""
+        if self.func is F.hardtanh and (self.kwargs.get("min_val"), self.kwargs.get("max_val")) == (0, 6):
+            return "relu6"  # as torch spells it, too
+        name = self.func.__name__.strip("_")
+        return "BatchNorm" if name == "batch_norm" else name
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it changes what it is given."""
+        return self.func.__name__.endswith("_") or bool(self.kwargs.get("inplace"))
+
+
+def _read(x: Any) -> Any:
+    """The floats of a pending answer, which whoever reads them may change."""
+    if not isinstance(x, Pending):
+        return x
+    if not x.steps and not x.kernel.absorbed:
+        x.kernel.patient = False
+    x._on_grid = None
+    return x.value()
+
+
+def _floats(x: Any) -> Any:
+    """The same for what is inside an argument."""
+    return tree_map(_read, x) if isinstance(x, (list, tuple, dict)) else _read(x)
+
+
+def plain(x: Any) -> Any:
+    """The floats of a pending answer for one who only looks at them; anything else as it is."""
+    return x.value() if isinstance(x, Pending) else x
+
+
+# ---------------------------------------------------------------- what a kernel takes over
+
+
+def _take(pending: Pending, step: _Step, epilogue: Epilogue) -> Pending:
+    if not step.in_place:
+        return Pending(pending.kernel, pending.codes, epilogue, (*pending.steps, step))
+    pending.epilogue, pending.steps, pending._on_grid = epilogue, (*pending.steps, step), None
+    return pending
+
+
+def _batch_norm(pending: Pending, step: _Step) -> Pending | None:
+    epilogue = None if pending.steps else pending.kernel.folded(_Norm(*step.args, **step.kwargs))
+    return None if epilogue is None else _take(pending, step, epilogue)
+
+
+def _clamp(bounds: Callable[..., tuple[Any, Any]]) -> Callable[[Pending, _Step], Pending | None]:
+    def follow(pending: Pending, step: _Step) -> Pending | None:
+        low, high = (math.nan if isinstance(x, Tensor) else x for x in bounds(*step.args, **step.kwargs))
+        low, high = -math.inf if low is None else float(low), math.inf if high is None else float(high)
+        if pending.epilogue.activated or not low <= high:
+            return None
+        return _take(pending, step, pending.epilogue._replace(low=low, high=high))
+
+    return follow
+
+
+def _curve(name: str) -> Callable[[Pending, _Step], Pending | None]:
+    def follow(pending: Pending, step: _Step) -> Pending | None:
+        return None if pending.epilogue.activated else _take(pending, step, pending.epilogue._replace(curve=name))
+
+    return follow
+
+
+def _nothing(pending: Pending, step: _Step) -> Pending | None:
+    training = step.args[1] if len(step.args) > 1 else step.kwargs.get("training", True)
+    return None if training else pending
+
+
+_relu = _clamp(lambda inplace=False: (0.0, math.inf))
+_relu6 = _clamp(lambda inplace=False: (0.0, 6.0))
+_hardtanh = _clamp(lambda min_val=-1.0, max_val=1.0, inplace=False: (min_val, max_val))
+_bounds = _clamp(lambda min=None, max=None: (min, max))
+
+_FOLLOWS: dict[Any, Callable[[Pending, _Step], Pending | None]] = {
+    F.batch_norm: _batch_norm,
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _relu),
+    F.relu6: _relu6,
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), _hardtanh),
+    **dict.fromkeys((torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_), _bounds),
+    F.hardswish: _curve("hardswish"),
+    F.silu: _curve("swish"),
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d), _nothing),
+}
+
+_ABOUT_SHAPE = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_sparse", "is_meta", "is_leaf", "grad_fn")),
+    *(Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
+    *(Tensor.is_contiguous, Tensor.is_inference, Tensor.__len__),
+}
