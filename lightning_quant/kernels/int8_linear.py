@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, cast
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lightning_quant.kernels.codes import Grid, to_uint8
 from lightning_quant.kernels.int8_product import Int8Product
-from lightning_quant.kernels.kernel import Kernel
+from lightning_quant.kernels.pending import Epilogue, PatientKernel, Pending, plain
 from lightning_quant.kernels.spec import AnySpec, LayerSpec
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import UniformQuantizer
@@ -18,12 +19,13 @@ FLOATS = (torch.float32, torch.bfloat16)
 MATRICES = ("Linear", "NonDynamicallyQuantizableLinear", "Conv1D")
 
 
-class Int8Linear(Kernel):
+class Int8Linear(PatientKernel):
     r"""Products of activation codes and weight codes, scaled once.
 
     .. math:: y_{mn} = s_m s_n \sum_k (c_{mk} - z_m) (w_{nk} - o_n) + b_n
 
-    Scale and zero point of the activations are known before, or found in each batch or for each token.
+    Scale and zero point of the activations are known before, or found in each batch or for each token. Between floats
+    of bfloat16 a GELU behind it, and the rounding for the next kernel, are taken into the product.
     """
 
     name: ClassVar[str] = "int8 (oneDNN)"
@@ -86,7 +88,23 @@ class Int8Linear(Kernel):
         """Compute the layer."""
         x = cast(Tensor, args[0] if args else next(iter(kwargs.values())))
         inputs = cast(UniformQuantizer, layer.input_quantizer)
+        if inputs.scheme.dynamic or len(self.weight_shape) == 4:
+            x = plain(x)
         return self._on_patches(x, inputs) if len(self.weight_shape) == 4 else self._on_rows(x, inputs)
+
+    @property
+    def bare(self) -> Epilogue:
+        """What follows the sum of integers in the layer itself."""
+        return Epilogue(self.product.scale, self.product.bias, dtype=torch.bfloat16)
+
+    def finish(self, codes: Tensor, epilogue: Epilogue, grid: Grid | None = None) -> Tensor:
+        """The product and what follows it, in one pass: (..., in) -> (..., out)."""
+        return self.product.finished(codes, epilogue.dtype, epilogue.curve, grid)
+
+    def layout_of(self, codes: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of that: one row after the other."""
+        shape = (*codes.shape[:-1], len(self.product.scale))
+        return shape, tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
 
     def codes(self, layer: QuantizedLayer, weight: str) -> Tensor:
         """The codes of the weight."""
@@ -97,7 +115,11 @@ class Int8Linear(Kernel):
         scheme = inputs.scheme
         if not scheme.dynamic:
             dtype = output_dtype(x)
-            return cast(Tensor, self.product(self.grid.unsigned(x, exact=dtype != torch.bfloat16), dtype))
+            compact = dtype == torch.bfloat16
+            codes = x.codes_on(self.grid) if isinstance(x, Pending) else self.grid.unsigned(x, exact=not compact)
+            if compact and self.product.takes_what_follows and not torch.compiler.is_compiling():
+                return self.answer(codes)
+            return cast(Tensor, self.product(codes, dtype))
         scale, zero_point = inputs.state_for(x.float())
         steps = torch.mul(x.float(), scale.reciprocal()).round_().add_(zero_point - scheme.qmin)
         out = cast(Tensor, self.product(to_uint8(steps.clamp_(0, scheme.qmax - scheme.qmin))))

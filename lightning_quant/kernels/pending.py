@@ -40,6 +40,7 @@ class Epilogue(NamedTuple):
         low: the lowest answer.
         high: the highest answer.
         curve: an activation that oneDNN knows by this name, in the place of the clamp.
+        dtype: of floats that are answered.
     """
 
     scale: Tensor
@@ -47,6 +48,7 @@ class Epilogue(NamedTuple):
     low: float = -math.inf
     high: float = math.inf
     curve: str = ""
+    dtype: torch.dtype = torch.float32
 
     @property
     def activated(self) -> bool:
@@ -108,9 +110,9 @@ class PatientKernel(Kernel):
     def finish(self, codes: Tensor, epilogue: Epilogue, grid: Grid | None = None) -> Tensor:
         """The product of codes (B, C, H, W) uint8, as float32 or as the uint8 codes of a grid: (B, out, H', W')."""
 
-    @abstractmethod
     def shape_of(self, codes: Tensor) -> tuple[int, int, int, int]:
         """The shape of that."""
+        raise NotImplementedError
 
     def layout_of(self, codes: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shape and strides of that: channels last."""
@@ -207,7 +209,7 @@ class Pending(Tensor):
     ) -> Pending:
         """A tensor without memory."""
         shape, strides = kernel.layout_of(codes)
-        self: Pending = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=torch.float32, device=_CPU)
+        self: Pending = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=epilogue.dtype, device=_CPU)
         self.kernel, self.codes, self.epilogue, self.steps = kernel, codes, epilogue, steps
         self._value = self._on_grid = None
         return self
@@ -225,7 +227,9 @@ class Pending(Tensor):
             if self._value is None and self.epilogue.reaches(grid) and self._is_fused(grid):
                 codes = self.kernel.finish(self.codes, self.epilogue, grid)
             else:
-                codes = grid.unsigned(self.value().contiguous(memory_format=torch.channels_last))
+                x = self.value()
+                x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+                codes = grid.unsigned(x, exact=x.dtype != torch.bfloat16)
             self._on_grid = grid, codes
         return self._on_grid[1]
 
@@ -270,9 +274,11 @@ class Pending(Tensor):
     def _agrees(self, grid: Grid | None) -> bool:
         few = self.codes[:1]
         want, found = self.one_by_one(few), self.kernel.finish(few, self.epilogue, grid)
+        compact = self.epilogue.dtype == torch.bfloat16
         if grid is None:
-            return not bool((found - want).abs().max() > _TOLERANCE * want.abs().max())
-        return not bool((found.int() - grid.unsigned(want).int()).abs().max() > 1)
+            near = _TOLERANCE if not compact else torch.finfo(torch.bfloat16).eps
+            return not bool((found - want).abs().max() > near * want.abs().max())
+        return not bool((found.int() - grid.unsigned(want).int()).abs().max() > (2 if compact else 1))
 
     def one_by_one(self, codes: Tensor) -> Tensor:
         """The floats of these codes, by one step after the other."""
@@ -360,6 +366,14 @@ def _curve(name: str) -> Callable[[Pending, _Step], Pending | None]:
     return follow
 
 
+def _gelu(pending: Pending, step: _Step) -> Pending | None:
+    """Only between floats of bfloat16: that of oneDNN has other last bits than torch's."""
+    if pending.epilogue.activated or pending.epilogue.dtype != torch.bfloat16:
+        return None
+    approximate = step.args[0] if step.args else step.kwargs.get("approximate", "none")
+    return _take(pending, step, pending.epilogue._replace(curve=f"gelu {approximate}"))
+
+
 def _nothing(pending: Pending, step: _Step) -> Pending | None:
     training = step.args[1] if len(step.args) > 1 else step.kwargs.get("training", True)
     return None if training else pending
@@ -378,6 +392,7 @@ _FOLLOWS: dict[Any, Callable[[Pending, _Step], Pending | None]] = {
     **dict.fromkeys((torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_), _bounds),
     F.hardswish: _curve("hardswish"),
     F.silu: _curve("swish"),
+    F.gelu: _gelu,
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d), _nothing),
 }
 
