@@ -195,6 +195,19 @@ class Pending(Tensor):
         codes: what the kernel multiplies.
         epilogue: what follows the product.
         steps: the same as calls of torch functions, one after the other.
+
+    >>> from lightning_quant.kernels.int8_conv import Int8Conv
+    >>> from lightning_quant.kernels.layer_door import run_on
+    >>> from lightning_quant.layers import quantize_layer
+    >>> from lightning_quant.quantizers import Scheme
+    >>> layer = quantize_layer(torch.nn.Conv2d(3, 8, 3), Scheme.parse("int8_sym_channel"), Scheme.parse("int7_asym"))
+    >>> layer.weight_quantizer.fit(layer.weight)
+    >>> layer.input_quantizer.freeze(torch.tensor(-1.0), torch.tensor(1.0))
+    >>> run_on(layer, Int8Conv.of(layer))
+    >>> with torch.no_grad():
+    ...     out = F.relu(layer(torch.rand(1, 3, 6, 6)))
+    >>> out.shape, out.epilogue.operation(), type(out + 1).__name__
+    (torch.Size([1, 8, 4, 4]), ('relu', []), 'Tensor')
     """
 
     kernel: PatientKernel
@@ -243,7 +256,7 @@ class Pending(Tensor):
     ) -> Any:
         """Take what the kernel can take over; ask for the floats otherwise."""
         kwargs = kwargs or {}
-        follows = _FOLLOWS.get(func)
+        follows = None if "out" in kwargs else _FOLLOWS.get(func)
         if follows is not None and args and isinstance(args[0], Pending) and args[0]._value is None:
             taken = follows(args[0], _Step(func, args[1:], kwargs))
             if taken is not None:
