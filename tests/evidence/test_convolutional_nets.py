@@ -59,7 +59,11 @@ class CountsCodes(L.Callback):
     ids=["EfficientNet-Lite0", "ResNet-20"],
 )
 def test_convolutional_nets_answer_on_kernels_as_simulated(make, data, capsys):
-    model, images, ptq = make(), data(), PostTrainingQuantization(ranges="minmax", attention=False)
+    try:
+        model, images = make(), data()
+    except FileNotFoundError as error:  # the weights of EfficientNet-Lite0 are a package that CI does not install
+        pytest.skip(str(error))
+    ptq = PostTrainingQuantization(ranges="minmax", attention=False)
     labels = torch.cat([y for _, y in images.val_dataloader()])
     simulated = run(model, images, ptq)
     swap, counts = KernelSwap(backend="torch"), CountsCodes()
