@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_quant.calibration import Hessian
 from lightning_quant.callbacks.gptq import GPTQ, Rounded
 from lightning_quant.callbacks.solving import Notes
-from lightning_quant.solvers import Rounding, absorb_outliers, output_error, row_reach
+from lightning_quant.solvers import Rounding, absorb_outliers, output_error, relative_error, row_reach
 
 
 class OSAQ(GPTQ):
@@ -129,12 +129,11 @@ class OSAQ(GPTQ):
         else:
             chosen = after < before if self.accept == "max" else torch.ones_like(before, dtype=torch.bool)
             found = self._rounded(torch.where(chosen[:, None], edited, weight), hessian, rounding, keep)
-        size = float(output_error(weight, torch.zeros_like(weight), hessian).sum()) or 1.0
         notes = {
             "null_space": edit.null_space,
             "accepted": float(chosen.double().mean()),
             "reach": float(after.mean() / before.mean()),
-            "perturbation": float(output_error(weight, edited, hessian).sum()) / size,
+            "perturbation": relative_error(weight, edited, hessian),
         }
         return found._replace(notes=notes)
 

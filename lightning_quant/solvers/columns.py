@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_quant.solvers.fixes import Fix
 
-__all__ = ["ColumnSolver", "Solved", "inverse_factor", "output_error"]
+__all__ = ["ColumnSolver", "Solved", "inverse_factor", "output_error", "relative_error"]
 
 PreEdit = Callable[[Tensor, Tensor], Tensor]
 
@@ -165,6 +165,23 @@ def inverse_factor(matrix: Tensor, damp: float = 0.0) -> tuple[Tensor, float]:
 
 
 def output_error(weight: Tensor, fixed: Tensor, hessian: Tensor) -> Tensor:
-    r"""The squared output error of every row, :math:`\delta H \delta^\top`: (out,)."""
-    difference = (fixed - weight).double()
-    return ((difference @ hessian.double()) * difference).sum(1)
+    r"""The squared output error of every row, :math:`\delta H \delta^\top`: (out,).
+
+    Args:
+        weight: (out, in).
+        fixed: what has become of it.
+        hessian: (in, in), or (groups, in, in) for the groups of channels of a convolution.
+    """
+    hessian = hessian.double()
+    difference = (fixed - weight).double().reshape(*hessian.shape[:-2], -1, weight.shape[1])
+    return ((difference @ hessian) * difference).sum(-1).flatten()
+
+
+def relative_error(weight: Tensor, fixed: Tensor, hessian: Tensor) -> float:
+    """The squared output error of all rows together, in parts of the squared output; 0 where there is no output.
+
+    >>> relative_error(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.eye(2))
+    0.25
+    """
+    error, size = (float(output_error(weight, x, hessian).sum()) for x in (fixed, torch.zeros_like(fixed)))
+    return error / size if size else 0.0
