@@ -181,8 +181,8 @@ Perplexity, the lower the better: stories260K on five stories, SmolLM2-135M on t
 test text in windows of 512, calibrated on 32 and 12 windows of its validation text, which for the teller of stories is
 foreign ground. Weights have one asymmetric scale per output channel, SmolLM2's one for 128 inputs, where their L_p
 error is least or between the *extremes*; inputs are asymmetric per token, on the spot; head and embeddings are float.
-`W4` is weights alone. SmolLM2's weights were on a grid of four bits when they were published. *SI* is Sparsity
-Induction; at 4:8 stories260K keeps `down_proj` whole, whose rows of 172 weights are no groups of 8.
+`W4` is weights alone, which says little of SmolLM2, whose weights were on a grid of four bits when they were published.
+*SI* is Sparsity Induction; at 4:8 stories260K keeps `down_proj` whole, whose rows of 172 weights are no groups of 8.
 
 {language}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from benchmarks.language_rows import BOTH, FORMATS, LANGUAGE, PATTERNS, PRUNING, WEIGHTS
+from benchmarks.language_rows import BITS, FORMATS, LANGUAGE, PATTERNS, PRUNING
 
 Cell = Callable[..., str]
 Table = Callable[[list[str], Iterable[list[str]]], str]
@@ -17,10 +17,12 @@ def language_section(measured: dict[str, Any], cell: Cell, table: Table) -> str:
     for model in FORMATS:
         if model not in measured:
             continue
+        columns = BITS[model]
+        first = _column(columns[0])
         rounding = table(
-            ["method", *(_column(bits) for bits in WEIGHTS + BOTH), "W4, seconds", "W4, peak"],
+            ["method", *(_column(bits) for bits in columns), f"{first}, seconds", f"{first}, peak"],
             (
-                [m, *(cell(model, m, bits) for bits in WEIGHTS + BOTH), *_cost(measured, model, m, "W4A32")]
+                [m, *(cell(model, m, bits) for bits in columns), *_cost(measured, model, m, columns[0])]
                 for m in LANGUAGE
             ),
         )

@@ -17,7 +17,7 @@ from lightning_quant.graph import ModelGraph, matches
 from lightning_quant.layers import Plan, QuantizedLayer
 from lightning_quant.modules.block_sequence import Block
 from lightning_quant.quantizers import Scheme
-from lightning_quant.solvers import ColumnSolver, Masking, Rounding, output_error, settle
+from lightning_quant.solvers import ColumnSolver, Masking, Rounding, relative_error, settle
 
 
 class GPTQ(PostTrainingQuantization):
@@ -183,8 +183,7 @@ class GPTQ(PostTrainingQuantization):
             torch.cat(found) if len(found) > 1 else found[0] for found in zip(*(p.state for p in parts), strict=True)
         ]
         settle(layer.weight_quantizer, state, values.reshape(rows.shape))
-        error, size = (_error(weight, other, hessians) for other in (values, torch.zeros_like(values)))
-        return {"error": error / size if size else 0.0, **parts[0].notes}
+        return {"error": relative_error(weight, values, hessians), **parts[0].notes}
 
     def round(self, weight: Tensor, hessian: Tensor, rounding: Rounding, keep: Tensor, statistics: Hessian) -> Rounded:
         """Find the values of a weight, and their scales.
@@ -210,12 +209,6 @@ class Rounded(NamedTuple):
     values: Tensor
     state: Sequence[Tensor]
     notes: Notes
-
-
-def _error(weight: Tensor, fixed: Tensor, hessians: Tensor) -> float:
-    """The squared output error of all rows; each part of them has its own Hessian."""
-    parts = zip(*(w.chunk(len(hessians)) for w in (weight, fixed)), hessians, strict=True)
-    return sum(float(output_error(*part).sum()) for part in parts)
 
 
 def _check_format(name: str, layer: nn.Module, weights: str | None) -> None:

@@ -12,7 +12,7 @@ from lightning_quant.callbacks.pruning import SolvedPruning
 from lightning_quant.callbacks.solving import Notes
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import Pattern
-from lightning_quant.solvers import ColumnSolver, Compared, Masking, OnGrid, output_error, wanda_scores
+from lightning_quant.solvers import ColumnSolver, Compared, Masking, OnGrid, relative_error, wanda_scores
 
 
 class SparseGPT(SolvedPruning):
@@ -79,18 +79,15 @@ class SparseGPT(SolvedPruning):
         factors = torch.as_tensor(importance, device=weight.device).expand_as(weight)
         kept: list[Tensor] = []
         values: list[Tensor] = []
-        error = size = 0.0
         for part, (hessian, these) in enumerate(zip(hessians, weight.chunk(len(hessians)), strict=True)):
             place = slice(part * len(these), (part + 1) * len(these))
             fix = self._fix(layer, self.patterns[name], place, factors[place])
             solved = self.solver.solve(these, hessian, fix).values
             kept.append(fix.kept)
             values.append(solved)
-            error += float(output_error(these, solved, hessian).sum())
-            size += float(output_error(these, torch.zeros_like(these), hessian).sum())
-        shape = layer.float_rows().shape
-        layer.prune(torch.cat(kept).reshape(shape), torch.cat(values).reshape(shape))
-        return {"error": error / size if size else 0.0}
+        shape, found = layer.float_rows().shape, torch.cat(values)
+        layer.prune(torch.cat(kept).reshape(shape), found.reshape(shape))
+        return {"error": relative_error(weight, found, hessians)}
 
     def _fix(self, layer: QuantizedLayer, pattern: Pattern, rows: slice, factors: Tensor) -> Masking:
         quantizer = layer.weight_quantizer

@@ -63,6 +63,7 @@ class BlockSequence:
         self.modules = [model.get_submodule(name) for name in names]
         with caches_off(model):
             self.links = self._learn(samples)
+        self._pooled = {source.value for link in self.links for source in link.sources if source.kind == "pool"}
         self._inputs: list[_Inputs] = []
 
     def __len__(self) -> int:
@@ -72,7 +73,9 @@ class BlockSequence:
         with caches_off(self.model):
             for number, (name, module) in enumerate(zip(self.names, self.modules, strict=True)):
                 if not self.links[number].follows:
-                    self._inputs = [self._caught(number, batch) for batch in self.batches]
+                    self._inputs = []
+                    for batch in self.batches:
+                        self._inputs.append(self._caught(number, batch))
                 home = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
                 with _moved(module, self.device, home):
                     block = Block(name, module, self, number, self.device or home)
@@ -154,9 +157,9 @@ class BlockSequence:
         def keep(place: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 leaves, _ = tree_flatten((args, kwargs))
-                for source, leaf in zip(self.links[place].sources, leaves, strict=True):
-                    if source.kind == "new":
-                        pool[source.value] = leaf
+                for i, source in enumerate(self.links[place].sources):
+                    if source.kind == "new" and source.value in self._pooled:
+                        pool[source.value] = leaves[i] = self._once(source.value, leaves[i])
                 if place == number:
                     found.extend(leaves)
                     raise _Enough
@@ -169,6 +172,12 @@ class BlockSequence:
             with suppress(_Enough):
                 self.run(batch)
         return _Inputs(found, pool)
+
+    def _once(self, number: int, leaf: Tensor) -> Tensor:
+        """The tensor itself, or that of the first batch if it is the same, as masks and rotary tables are."""
+        first = self._inputs[0].pool.get(number) if self._inputs else None
+        same = first is not None and (first.shape, first.dtype) == (leaf.shape, leaf.dtype) and torch.equal(first, leaf)
+        return first if first is not None and same else leaf
 
     def _arguments(self, number: int, inputs: _Inputs, device: torch.device | str) -> tuple[Any, Any]:
         link = self.links[number]

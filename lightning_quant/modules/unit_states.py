@@ -84,5 +84,6 @@ def fingerprint(settings: Any, model: nn.Module, batches: Sequence[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _bytes(value: Tensor) -> memoryview:
+    """What a tensor holds, not copied if it is contiguous and on the CPU."""
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

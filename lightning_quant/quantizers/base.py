@@ -222,7 +222,7 @@ class Quantizer(OwnPrecision, ABC):
                 f"remove(model) of the callback that did it, or freeze the weight with requires_grad_(False)"
             )
         assert self.codes is not None
-        return self.decode(self.codes.to(torch.int32)).to(x.dtype)
+        return self.decode(self.codes).to(x.dtype)
 
     def reset(self) -> None:
         """Forgets the state, so that the quantizer is uncalibrated."""

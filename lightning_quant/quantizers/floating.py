@@ -162,4 +162,4 @@ class FloatQuantizer(Quantizer):
 
     def from_codes(self, codes: Tensor, *state: Tensor) -> Tensor:
         """Returns the values of bit patterns."""
-        return _from_bits(codes, self.exponent, self.mantissa) * state[0]
+        return _from_bits(codes.to(torch.int32), self.exponent, self.mantissa) * state[0]

@@ -153,4 +153,4 @@ class LogQuantizer(Quantizer):
 
     def from_codes(self, codes: Tensor, *state: Tensor) -> Tensor:
         """Returns levels; see :func:`log_dequantize`."""
-        return log_dequantize(codes, state[0], self.scheme.bits, self.base)
+        return log_dequantize(codes.to(torch.int32), state[0], self.scheme.bits, self.base)

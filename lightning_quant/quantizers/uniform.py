@@ -116,7 +116,7 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         >>> dequantize(torch.tensor([0, 3, 15]), torch.tensor(0.5), torch.tensor(2.0))
         tensor([-1.0000,  0.5000,  6.5000])
     """
-    return (q.to(scale.dtype) - zero_point) * scale
+    return q.to(scale.dtype, copy=True).sub_(zero_point).mul_(scale)
 
 
 def uniform_state(lo: Tensor, hi: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -203,4 +203,4 @@ class UniformQuantizer(Quantizer):
     def from_codes(self, codes: Tensor, *state: Tensor) -> Tensor:
         """Returns the floats of codes counted from the lowest integer."""
         scale, zero_point = state
-        return dequantize(codes + self.scheme.qmin, scale, zero_point)
+        return dequantize(codes, scale, zero_point - self.scheme.qmin)

@@ -8,7 +8,7 @@ from lightning_quant.solvers.bits import SEARCHES, Decision, Point, greedy, inte
 from lightning_quant.solvers.budgets import Budget
 from lightning_quant.solvers.caching import FeaturePairs, by_channel, cheapest_groups, line_of, line_sums
 from lightning_quant.solvers.clipping import clipping_error, learn_clips
-from lightning_quant.solvers.columns import ColumnSolver, Solved, inverse_factor, output_error
+from lightning_quant.solvers.columns import ColumnSolver, Solved, inverse_factor, output_error, relative_error
 from lightning_quant.solvers.fairness import against_differences
 from lightning_quant.solvers.fixes import Binarizing, Fix, Masking, OnGrid, Rounding, settle
 from lightning_quant.solvers.induction import InducedMask, skewness_init
@@ -94,6 +94,7 @@ __all__ = [
     "output_error",
     "pareto",
     "product_error",
+    "relative_error",
     "row_reach",
     "sensitivities",
     "settle",

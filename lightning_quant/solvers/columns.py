@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_quant.solvers.fixes import Fix
 
-__all__ = ["ColumnSolver", "Solved", "inverse_factor", "output_error"]
+__all__ = ["ColumnSolver", "Solved", "inverse_factor", "output_error", "relative_error"]
 
 PreEdit = Callable[[Tensor, Tensor], Tensor]
 
@@ -85,19 +85,21 @@ class ColumnSolver:
         Raises:
             ValueError: if the matrix has no Cholesky factor however much it is damped.
         """
-        hessian = hessian.double().clone()
+        hessian = hessian.double()
         weight = weight.detach().double()
         if pre_edit is not None:
             weight = pre_edit(weight, hessian).double()
         diagonal = hessian.diagonal()
         dead = diagonal == 0
         weight = torch.where(dead, 0.0, weight)
+        if bool(dead.any()):
+            hessian = hessian + torch.diag(dead.to(hessian))
         order = torch.arange(len(diagonal), device=weight.device)
         if self.act_order:
             order = diagonal.argsort(descending=True, stable=True)
+            hessian = hessian[order][:, order]
         fix.start(weight, order)
-        diagonal[dead] = 1
-        factor, damp = inverse_factor(hessian[order][:, order], self.damp)
+        factor, damp = inverse_factor(hessian, self.damp)
         values, loss = self._columns(weight[:, order], factor, fix)
         solved = torch.empty_like(values)
         solved[:, order] = values
@@ -144,21 +146,42 @@ def inverse_factor(matrix: Tensor, damp: float = 0.0) -> tuple[Tensor, float]:
         True
     """
     mean = matrix.diagonal().mean()
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     tried = damp
     while tried <= damp + 1:
         # H = R R^T with an upper R: a Cholesky factor seen in a mirror. Its inverse is U.
-        lower, failed = torch.linalg.cholesky_ex((matrix + tried * mean * identity).flip(0, 1))
+        # All in place and in LAPACK's own layout: such matrices are the most memory that solving takes.
+        lower = matrix.flip(0, 1).t()
+        lower.diagonal().add_(tried * mean)
+        failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed):
-            upper = lower.flip(0, 1)
-            factor = torch.linalg.solve_triangular(upper, identity, upper=True)
-            if bool(factor.isfinite().all()):
-                return factor, tried
+            inverse = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device).t()
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            if bool(inverse.isfinite().all()):
+                return inverse.flip(0, 1), tried
         tried += max(damp, RETRY)
     raise ValueError(f"the Hessian has no Cholesky factor, even damped by {tried:.3g} of its mean diagonal")
 
 
 def output_error(weight: Tensor, fixed: Tensor, hessian: Tensor) -> Tensor:
-    r"""The squared output error of every row, :math:`\delta H \delta^\top`: (out,)."""
-    difference = (fixed - weight).double()
-    return ((difference @ hessian.double()) * difference).sum(1)
+    r"""The squared output error of every row, :math:`\delta H \delta^\top`: (out,).
+
+    Args:
+        weight: (out, in).
+        fixed: what has become of it.
+        hessian: (in, in), or (groups, in, in) for the groups of channels of a convolution.
+    """
+    hessian = hessian.double()
+    difference = (fixed - weight).double().reshape(*hessian.shape[:-2], -1, weight.shape[1])
+    return ((difference @ hessian) * difference).sum(-1).flatten()
+
+
+def relative_error(weight: Tensor, fixed: Tensor, hessian: Tensor) -> float:
+    """The squared output error of all rows together, in parts of the squared output; 0 where there is no output.
+
+    >>> relative_error(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.eye(2))
+    0.25
+    """
+    error, size = (float(output_error(weight, x, hessian).sum()) for x in (fixed, torch.zeros_like(fixed)))
+    return error / size if size else 0.0

@@ -1,5 +1,6 @@
 """Each block is fed with exactly what the model, as it is by then, would feed it with."""
 
+import weakref
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -98,6 +99,20 @@ def test_a_chain_of_blocks_needs_the_rest_of_the_model_only_for_what_is_new():
     model = TinyTransformer().eval()
     links = BlockSequence(model, ["blocks.0", "blocks.1"], [torch.randn(2, 5, 16)], model, torch.randn(2, 5, 16)).links
     assert [link.follows for link in links] == [False, True]
+
+
+@torch.no_grad()
+def test_what_is_kept_are_the_inputs_of_one_block_and_one_table_for_all_batches():
+    entered, tables, model = [], [], Stack(blocks=2).eval()
+    blocks = sequence(model, ["blocks.0", "blocks.1"])
+    model.blocks[0].register_forward_pre_hook(lambda block, args: entered.append(weakref.ref(args[0])))
+    for block in blocks:
+        for number in range(len(block)):
+            block(number)
+            tables.append(blocks._inputs[number].leaves[2].data_ptr())
+        if block.number == 1:
+            assert entered and all(x() is None for x in entered)
+    assert len(tables) == 2 * len(BATCHES) and len(set(tables)) == 1
 
 
 @torch.no_grad()
