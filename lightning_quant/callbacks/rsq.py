@@ -25,7 +25,8 @@ class RSQ(GPTQ):
     the data; one weight for each token serves all its layers. Nobody looks at padding, which then has no weight. The
     paper rotates the model first: put :class:`RotatedPTQ` before it. Alone, at three bits on stories260K, it has a
     perplexity of 5.62 where :class:`GPTQ` has 5.88, calibrated on WikiText-2, and 5.87 against 5.60 on stories that the
-    model wrote. Its eightfold shifted calibration set is not offered.
+    model wrote; on SmolLM2-135M, at two bits, 505 where it has 244. Its eightfold shifted calibration set is not
+    offered.
 
     Reference: Sung et al., *RSQ: Learning from Important Tokens Leads to Better Quantized LLMs*, 2025.
 
