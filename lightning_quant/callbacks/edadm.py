@@ -68,7 +68,7 @@ class EDADM(PostTrainingQuantization):
         self,
         weights: str = "int4",
         activations: str = "int8",
-        ranges: str = "lp",
+        ranges: str = "minmax",
         diversity: float | None = 1.2,
         radius: float | None = None,
         feature: str = "auto",

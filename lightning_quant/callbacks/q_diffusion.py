@@ -69,7 +69,7 @@ class QDiffusion(PostTrainingQuantization):
         activations: str | None = "int8",
         steps: int = 20,
         split: bool = True,
-        ranges: str = "lp",
+        ranges: str = "minmax",
         calibration_samples: int = 640,
         calibration_loader: Any = "auto",
         reconstruct: str | Reconstruction | None = None,
