@@ -14,8 +14,10 @@ from lightning_quant.solvers import PRESETS
 
 BITS = ("W8A8", "W4A8", "W4A4")
 NETS = ("unet_mnist", "dit_mnist", "ddpm_mnist")
-# Sized for a person who waits: the papers take 20,000 steps a block, and learn slowly.
-STEPS = {"iterations": 200, "batch_size": 16, "samples": 256}
+# Sized for a minute or two of one core: the papers take 20,000 steps a block, and learn slowly.
+STEPS = {"iterations": 60, "batch_size": 16, "samples": 256}
+MORE = {"ddpm_mnist": 400}  # iterations of a net that is so small
+BRECQ = {"phases": ["weights"], "learning_rate": 0.03}
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,15 @@ class Sampler:
         callback: its name in lightning_quant.
         arguments: of the callback.
         nets: the denoisers that it is for.
+        weights: their format, up to the bits; the same grid for all that have one.
+        own: more arguments for one of the denoisers.
     """
 
     callback: str
     arguments: dict[str, Any] = field(default_factory=dict)
     nets: tuple[str, ...] = NETS
+    weights: str = "int{}_asym"
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 _MOMENTS = {"calibration_samples": 256}  # of 32 trajectories of the float model, 8 of each
@@ -43,9 +49,13 @@ SAMPLERS: dict[str, Sampler] = {
     "BRECQ": Sampler(_PLAIN, {"reconstruct": "brecq", **_MOMENTS}),
     "Q-Diffusion": Sampler("QDiffusion", {"reconstruct": "brecq"}),
     "TFMQ-DM": Sampler("TFMQDM", {"reconstruct": "brecq"}),
-    "EDA-DM": Sampler("EDADM"),
-    "DilateQuant": Sampler("DilateQuant"),
-    "LRQ-DiT": Sampler("LRQDiT", nets=("dit_mnist",)),
+    "EDA-DM": Sampler(
+        "EDADM",
+        {"moments": 4, "reconstruct": "edadm"},
+        own={"ddpm_mnist": {"feature": "denoiser.blocks.1.net"}},  # which has neither a middle nor equal blocks
+    ),
+    "DilateQuant": Sampler("DilateQuant", {"reconstruct": "dilatequant", **_MOMENTS}),
+    "LRQ-DiT": Sampler("LRQDiT", _MOMENTS, nets=("dit_mnist",), weights="twinlog_{}"),
     "PTQ4ARVG": Sampler("PTQ4ARVG", nets=("dit_mnist",)),
 }
 
@@ -76,21 +86,29 @@ class DiffusionRow(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments beside the bits."""
-        given = SAMPLERS[self.method].arguments
-        if "reconstruct" not in given:
-            return given
-        return {**given, "reconstruct": Reconstruction(**{**PRESETS[given["reconstruct"]], **STEPS})}
+        """The arguments beside the bits; as in the papers, the first and the last layer have 8 bits in all rows."""
+        sampler = SAMPLERS[self.method]
+        given = {**sampler.arguments, **sampler.own.get(self.model, {}), "first_last": "int8"}
+        return {**given, "reconstruct": Reconstruction(**self.steps)} if "reconstruct" in given else given
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """How the method reconstructs, if it does."""
+        preset = SAMPLERS[self.method].arguments.get("reconstruct", "")
+        more = {"iterations": MORE[self.model]} if self.model in MORE else {}
+        return {**PRESETS.get(preset, {}), **STEPS, **more, **(BRECQ if preset == "brecq" else {})}
 
     @property
     def settings(self) -> str:
         """The callback and its arguments beside the bits, as code."""
         if self.method == "float":
             return ""
-        own = {**PRESETS.get(SAMPLERS[self.method].arguments.get("reconstruct", ""), {}), **STEPS}
-        told = {"reconstruct": f"Reconstruction({', '.join(f'{name}={value!r}' for name, value in own.items())})"}
+        sampler = SAMPLERS[self.method]
+        steps = ", ".join(f"{name}={value!r}" for name, value in self.steps.items())
+        told = {"reconstruct": f"Reconstruction({steps})"}
         arguments = [f"{name}={told.get(name, repr(value))}" for name, value in self.arguments.items()]
-        return f"{SAMPLERS[self.method].callback}({', '.join(arguments)})"
+        weights = f"weights={sampler.weights.format('N')!r}"
+        return f"{sampler.callback}({', '.join([weights, *arguments])})"
 
     def callbacks(self) -> list[L.Callback]:
         """The callback; none for the float model."""
@@ -98,7 +116,11 @@ class DiffusionRow(NamedTuple):
             return []
         weights, activations = self.bits[1:].split("A")
         make = getattr(lightning_quant, SAMPLERS[self.method].callback)
-        return [make(weights=f"int{weights}", activations=f"int{activations}", **self.arguments)]
+        return [
+            make(
+                weights=SAMPLERS[self.method].weights.format(weights), activations=f"int{activations}", **self.arguments
+            )
+        ]
 
 
 def diffusion_rows() -> list[DiffusionRow]:

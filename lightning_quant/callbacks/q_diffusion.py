@@ -31,13 +31,15 @@ class QDiffusion(PostTrainingQuantization):
     3. *Reconstruction*, with ``reconstruct="brecq"``: the rounding of weights is learned block by block, then the
        scales of activations.
 
-    Weights are asymmetric per output channel, activations asymmetric per tensor, both with ranges of least error to the
-    power 2.4, unless the formats and ``ranges`` say otherwise. The papers' code calibrates on 20 steps of 256
-    trajectories (25 of 128 for Stable Diffusion) and reconstructs with 20,000 iterations; the defaults here are sized
-    for minutes.
+    Weights are asymmetric per output channel, activations asymmetric per tensor, both between their extremes, unless
+    the formats and ``ranges`` say otherwise. The paper's code searches ranges of least error to the power 2.4
+    (``"lp"``) for most nets. That clips, clipped weights predict too little noise, and what is missing adds up over the
+    steps: a net of convolutions with 4-bit weights predicts 0 % too little with the extremes, 3 % with ``"lp"``, and
+    11 % with ``"mse"``. The papers' code calibrates on 20 steps of 256 trajectories (25 of 128 for Stable Diffusion)
+    and reconstructs with 20,000 iterations; the defaults here are sized for minutes.
 
-    On a small trained U-Net (W4A8, 50 steps, SQNR of 8 final samples), without reconstruction: 9.1 dB, 5.4 without the
-    split, and 1.8 with plain quantization.
+    On a small trained U-Net (W4A8, 50 steps, SQNR of 64 final samples): 15.3 dB with 60 iterations for each block, and
+    11.9 with plain quantization.
 
     Reference: Li et al., *Q-Diffusion: Quantizing Diffusion Models*, ICCV 2023.
 
@@ -69,7 +71,7 @@ class QDiffusion(PostTrainingQuantization):
         activations: str | None = "int8",
         steps: int = 20,
         split: bool = True,
-        ranges: str = "lp",
+        ranges: str = "minmax",
         calibration_samples: int = 640,
         calibration_loader: Any = "auto",
         reconstruct: str | Reconstruction | None = None,

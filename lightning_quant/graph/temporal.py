@@ -42,12 +42,15 @@ class TemporalWatcher(Watcher):
 
     Attributes:
         made: what each tensor is made of: the layers that the timestep came through, or ``None`` if also the sample.
+        readers: names of the layers that read the noisy sample itself, before any other layer has made something of it.
     """
 
     def __init__(self, owners: Owners) -> None:
         self.owners = owners
         self.denoiser: str | None = None
         self.made = WeakTensorKeyDictionary()
+        self.readers: dict[str, None] = {}
+        self._sample = WeakTensorKeyDictionary()  # the sample, also scaled or reshaped
         self._layers: dict[str, None] = {}
         self._mixed: set[str] = set()  # layers that see the sample, too
         self._inner: set[str] = set()  # layers that others of them read
@@ -64,9 +67,11 @@ class TemporalWatcher(Watcher):
         if not isinstance(timestep, Tensor):
             return
         self.denoiser = name
-        for leaf in tree_leaves(given):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                self.made[leaf] = None
+        floats = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        for leaf in floats:
+            self.made[leaf] = None
+        for leaf in floats[:1]:
+            self._sample[leaf] = True
         self.made[timestep] = frozenset()
 
     def saw(self, call: Call) -> None:
@@ -77,6 +82,7 @@ class TemporalWatcher(Watcher):
         if not found:
             return
         layer = self.layer(call)
+        self._follow_sample(call, layer)
         made = None if None in found else frozenset[str]().union(*found)
         if layer is not None and made is None:
             self._mixed.add(layer)
@@ -86,6 +92,16 @@ class TemporalWatcher(Watcher):
             made |= {layer}
         for out in call.gives():
             self.made[out] = made
+
+    def _follow_sample(self, call: Call, layer: str | None) -> None:
+        known = [x for x in call.reads() if x in self.made]
+        if not any(x in self._sample for x in known):
+            return
+        if layer is not None:
+            self.readers.setdefault(layer)
+        elif all(x in self._sample or self.made[x] == frozenset() for x in known):
+            for out in call.gives():
+                self._sample[out] = True
 
     def layer(self, call: Call) -> str | None:
         """The layer that a call belongs to."""

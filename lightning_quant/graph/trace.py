@@ -43,6 +43,7 @@ class ModelGraph:
         batch_norms: the layer whose output a BatchNorm alone reads, by the norm's name.
         joins: the widths of the parts, by the name of a layer that reads a concatenation with a skip connection.
         temporal: what depends on the timestep of a denoiser alone, if there is one.
+        sample_readers: layers that read a denoiser's noisy sample itself.
     """
 
     order: list[str] = field(default_factory=list)
@@ -56,6 +57,7 @@ class ModelGraph:
     batch_norms: dict[str, str] = field(default_factory=dict)
     joins: dict[str, tuple[int, ...]] = field(default_factory=dict)
     temporal: Temporal | None = None
+    sample_readers: list[str] = field(default_factory=list)
 
 
 def trace(module: nn.Module, run: Callable[[], Any]) -> ModelGraph:
@@ -92,6 +94,7 @@ def trace(module: nn.Module, run: Callable[[], Any]) -> ModelGraph:
         batch_norms.result(),
         joins.result(),
         temporal.result(),
+        list(temporal.readers),
     )
 
 

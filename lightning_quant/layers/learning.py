@@ -44,7 +44,7 @@ def learn_scales(model: nn.Module, plan: Plan, offsets: bool = False) -> None:
 
 
 def has_scale_to_learn(quantizer: nn.Module) -> bool:
-    """Whether this is a static uniform quantizer, or a table of them, that does not learn yet.
+    """Whether this is a static uniform quantizer, or a table of them, that does not learn yet and may.
 
     >>> has_scale_to_learn(UniformQuantizer("int8_sym_channel", axis=0)), has_scale_to_learn(nn.Identity())
     (True, False)
@@ -52,7 +52,7 @@ def has_scale_to_learn(quantizer: nn.Module) -> bool:
     if type(quantizer) not in (UniformQuantizer, StepQuantizer):
         return False
     assert isinstance(quantizer, UniformQuantizer)
-    return not quantizer.scheme.dynamic
+    return not quantizer.scheme.dynamic and not quantizer.keeps_range
 
 
 def learn_scale(model: nn.Module, name: str, offset: bool = False) -> Learned | None:

@@ -46,6 +46,7 @@ class LayerPlan:
         split: widths of the parts that its input was joined of, where each has its own scales; empty: in one piece.
         crossed: how much of an input's step is its token's, the rest its channel's; ``None``: no such step.
         dilated: whether weights of unsaturated input channels are multiplied, and these channels divided.
+        fed_back: whether it reads the noisy sample of a denoiser itself.
     """
 
     weights: str | None
@@ -56,6 +57,7 @@ class LayerPlan:
     low_rank: int = 0
     crossed: float | None = None
     dilated: bool = False
+    fed_back: bool = False
     split: list[int] = field(default_factory=list)
 
     @property
@@ -199,6 +201,9 @@ class Plan:
         for tables in (self.steps, self.positions):
             if tables is not None:
                 tables.apply(model)
+        for name in [name for name, layer in self.layers.items() if layer.fed_back]:
+            for quantizer in cast(QuantizedLayer, model.get_submodule(name)).activation_quantizers().values():
+                quantizer.keeps_range = True
 
     def undo(self, model: nn.Module) -> None:
         """Take out what was planned; Parameters stay as they are, created biases too."""

@@ -36,6 +36,7 @@ class Quantizer(OwnPrecision, ABC):
 
     Attributes:
         observer: While set, ``forward(x)`` returns ``observer(x)``.
+        keeps_range: Whether its scale is not to be learned.
 
     Raises:
         ValueError: If the scheme is not of this quantizer's kind or needs an axis that is not given.
@@ -47,6 +48,7 @@ class Quantizer(OwnPrecision, ABC):
     scale: Tensor
     codes: Tensor | None
     observer: Callable[[Tensor], Tensor] | None
+    keeps_range: bool = False
 
     def __init__(self, scheme: Scheme | str, axis: int | None = None) -> None:
         super().__init__()

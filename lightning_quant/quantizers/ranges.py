@@ -42,6 +42,7 @@ class RangeRule:
         candidates: Number of ranges that ``mse``, ``lp`` and ``kl`` try.
         momentum: Weight of a new batch in ``running``.
         include_zero: Whether the range is widened to hold 0, so that 0 is exact.
+        room: How far from 0 the range reaches, in ends that were found; more than 1 is room for what was not seen.
 
     Raises:
         ValueError: If the name is unknown or a number is out of range.
@@ -57,12 +58,15 @@ class RangeRule:
     candidates: int = 80
     momentum: float = 0.1
     include_zero: bool = True
+    room: float = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f'"{self.name}" is not a range rule; the rules are {", ".join(NAMES)}.')
         if not self.percentiles or not all(0.5 < p <= 1 for p in self.percentiles):
             raise ValueError(f"percentiles lie above 0.5 and up to 1, got {self.percentiles}.")
+        if self.room < 1:
+            raise ValueError(f"room is at least 1, got {self.room}.")
         if self.norm <= 0 or self.candidates < 1 or not 0 < self.momentum <= 1:
             raise ValueError(
                 "norm is above 0, candidates at least 1 and momentum above 0 and up to 1, "
@@ -169,6 +173,15 @@ def search(distribution: Distribution, rule: RangeRule, quantizer: RangeQuantize
         >>> bool(hi < 9)
         True
     """
+    lo, hi = _best(distribution, rule, quantizer)
+    return (
+        (lo, hi)
+        if rule.room == 1
+        else (torch.where(lo < 0, lo * rule.room, lo), torch.where(hi > 0, hi * rule.room, hi))
+    )
+
+
+def _best(distribution: Distribution, rule: RangeRule, quantizer: RangeQuantizer) -> tuple[Tensor, Tensor]:
     lo, hi = _candidates(distribution, rule)  # (candidates, rows)
     if rule.include_zero:
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)

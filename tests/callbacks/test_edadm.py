@@ -64,7 +64,7 @@ def test_without_layer_terms_it_is_a_plain_block_reconstruction(tmp_path):
     module, same = labelled(), labelled()
     callback, _ = quantized(module, tmp_path / "a", layer_weight=0, reconstruct=settings)
     plain = PostTrainingQuantization(
-        "int4_asym", "int8", ranges="lp", reconstruct={**settings, "layer_weight": 0.0},
+        "int4_asym", "int8", ranges="minmax", reconstruct={**settings, "layer_weight": 0.0},
         calibration_samples=16, calibration_loader=callback.trajectory,
     )  # fmt: skip
     plain.formats = callback.formats

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_quant import KernelSwap, PostTrainingQuantization, load_quantized, save_quantized
-from lightning_quant.layers import as_float
+from lightning_quant.layers import as_float, has_scale_to_learn
 from lightning_quant.metrics import sqnr
 from lightning_quant.quantizers import StepQuantizer
 from tests.cases import is_float
@@ -149,3 +149,34 @@ def test_nonsense_is_refused():
         PostTrainingQuantization("int8", "int8", per_step=1)
     with pytest.raises(ValueError, match="per_step=9 groups, but a trajectory has only 4 steps"):
         quantized(sampler(), 9)
+
+
+def test_the_sample_has_room_in_the_first_layer_and_its_range_is_not_learned():
+    """What the range of the sample cuts off is fed back and grows, so it is neither clipped nor narrowed."""
+    found = {}
+    for ranges in ("minmax", "mse"):
+        module = sampler()
+        callback = PostTrainingQuantization(
+            "int4", "int8", ranges, first_last="int8", calibration_loader=seeds(8), calibration_samples=8
+        )
+        trainer(callback).validate(module, pictures(), verbose=False)
+        layer = module.denoiser.conv_in
+        with torch.no_grad(), as_float(module):
+            seen = torch.stack([moment.given for moment in module.trajectory(torch.arange(8))])
+        found[ranges] = float(layer.input_quantizer.scale)
+        assert found[ranges] * 255 == pytest.approx(1.3 * float(seen.amax() - seen.amin()), rel=0.02)
+        assert layer.weight_quantizer.scheme.bits == 8 and not has_scale_to_learn(layer.input_quantizer)
+    assert found["minmax"] == found["mse"]
+
+
+@pytest.mark.parametrize(("activations", "room"), [("int8", 1.3), ("int4", 1.0)])
+def test_a_step_has_room_for_what_its_few_samples_did_not_show(activations, room):
+    tables, single = sampler(), sampler()
+    for module, per_step in ((tables, True), (single, False)):
+        callback = PostTrainingQuantization(
+            None, activations, "minmax", per_step=per_step, calibration_loader=seeds(8), calibration_samples=8
+        )
+        trainer(callback).validate(module, pictures(), verbose=False)
+    name = "denoiser.up_blocks.1.resnets.0.conv1.input_quantizer"
+    widest = tables.get_submodule(name).scale.amax()
+    assert float(widest) == pytest.approx(room * float(single.get_submodule(name).scale), rel=0.02)

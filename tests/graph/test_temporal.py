@@ -121,3 +121,11 @@ def test_batches_that_are_joined_and_grouped_convolutions_are_left_in_one_piece(
 
     net = Net()
     assert trace(net, lambda: net(torch.randn(2, 4, 3, 3))).joins == {}
+
+
+def test_what_reads_the_sample_itself():
+    assert found(sampler()).sample_readers == ["denoiser.conv_in"]
+    assert found(labelled()).sample_readers == ["denoiser.pos_embed.proj"]
+    assert found(sampler(Own(), sample_shape=(1, 8, 8))).sample_readers == ["denoiser.first"]
+    net = nn.Sequential(nn.Linear(2, 2))
+    assert trace(net, lambda: net(torch.ones(1, 2))).sample_readers == []

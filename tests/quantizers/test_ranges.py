@@ -162,3 +162,11 @@ def test_divergence_of_counts_equals_divergence_of_values():
         strict=True,
     ):
         assert torch.equal(ours, expected)
+
+
+def test_room_reaches_beyond_what_was_found():
+    quantizer, x = build_quantizer("int8_asym"), Distribution.of(torch.tensor([[-1.0, 0.5, 2.0]]))
+    lo, hi = search(x, RangeRule("minmax", room=1.5), quantizer)
+    assert (float(lo), float(hi)) == (-1.5, 3.0)
+    with pytest.raises(ValueError, match="room is at least 1"):
+        RangeRule("minmax", room=0.9)
