@@ -64,7 +64,8 @@ def test_the_ranges_of_each_step_are_nearer_at_every_step(capsys):
     told(
         capsys, f"DiT on MNIST, W8A8, SQNR by step, one range {found[False].tolist()}, one each {found[True].tolist()}"
     )
-    assert (found[True] > found[False]).all() and (found[True] - found[False]).mean() > 2
+    # tables reach 30 % further than what was seen, which costs up to 2.3 dB here and pays in the closed loop
+    assert (found[True] > found[False]).all() and (found[True] - found[False]).mean() > 1
 
 
 @pytest.mark.long
