@@ -29,6 +29,7 @@ class Int8Conv(PatientKernel):
 
     packed: Tensor
     scale: Tensor
+    _layout: tuple[torch.Size, tuple[tuple[int, ...], tuple[int, ...]]] | None = None
     bias: Tensor | None
 
     def __init__(self, layer: QuantizedLayer) -> None:
@@ -99,9 +100,6 @@ class Int8Conv(PatientKernel):
 
     def finish(self, codes: Tensor, epilogue: Epilogue, grid: Grid | None = None) -> Tensor:
         """The convolution and what follows it, in one pass."""
-        if grid is not None:
-            epilogue = epilogue.clamped_to(grid)
-        scale, zero_point = (1.0, 0) if grid is None else (grid.scale, grid.zero_point)
         out: Tensor = torch.ops.onednn.qconv_pointwise(
             codes,
             1.0,
@@ -111,17 +109,22 @@ class Int8Conv(PatientKernel):
             self.zeros,
             epilogue.bias,
             *_where(self.place),
-            scale,
-            zero_point,
-            torch.float32 if grid is None else torch.uint8,
-            *epilogue.operation(),
-            "",
+            *epilogue.ending_on(grid),
         )
         return out
 
-    def shape_of(self, codes: Tensor) -> tuple[int, int, int, int]:
-        """Of the convolution of codes."""
-        return codes.shape[0], self.scale.shape[0], *_image(codes, self.packed, self.place)
+    @property
+    def bare(self) -> Epilogue:
+        """What follows the sum of integers in the layer itself."""
+        return Epilogue(self.scale, self.bias)
+
+    def layout_of(self, codes: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of that: channels last."""
+        layout = self._layout
+        if layout is None or layout[0] != codes.shape:
+            b, c, (h, w) = codes.shape[0], self.scale.shape[0], _image(codes, self.packed, self.place)
+            layout = self._layout = codes.shape, ((b, c, h, w), (c * h * w, 1, w * c, c))
+        return layout[1]
 
     def _pack(self, codes: Tensor) -> None:
         packed = torch.ops.onednn.qconv_prepack(codes, self.scale, 1.0, self.grid.zero_point, *_where(self.place), None)

@@ -99,7 +99,10 @@ class Int8Linear(PatientKernel):
 
     def finish(self, codes: Tensor, epilogue: Epilogue, grid: Grid | None = None) -> Tensor:
         """The product and what follows it, in one pass: (..., in) -> (..., out)."""
-        return self.product.finished(codes, epilogue.dtype, epilogue.curve, grid)
+        return self.product.finished(codes, epilogue.scale, epilogue.bias, *epilogue.ending_on(grid))
+
+    def folded(self, norm: Any) -> None:
+        """Never: the channels that are normed are those of axis 1, and those of rows are the last ones."""
 
     def layout_of(self, codes: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shape and strides of that: one row after the other."""

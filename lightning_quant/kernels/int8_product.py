@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.kernels.codes import Grid
-
 WINDOW = 128  # twice 128 times 127 and twice 128 times -128 are just within 16 bits
 _LONGEST_SUM = 2**15 - 1
 
@@ -104,27 +102,13 @@ class Int8Product(nn.Module):
         """Whether one step can end with a curve and a rounding: not where something is added to the product."""
         return self.shift is None and not self.windowed
 
-    def finished(self, codes: Tensor, dtype: torch.dtype, curve: str, grid: Grid | None) -> Tensor:
-        """The same with a curve behind it, as floats or as the codes of a grid."""
+    def finished(self, codes: Tensor, scale: Tensor, bias: Tensor | None, *ending: Any) -> Tensor:
+        """The same with another scale and bias, and an ending as :meth:`Epilogue.ending_on` tells it."""
         rows = codes.reshape(-1, self.inputs)
-        name, _, algorithm = curve.partition(" ")
-        scale, zero_point = (1.0, 0) if grid is None else (grid.scale, grid.zero_point)
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rows,
-            1.0,
-            self.zero_point,
-            self.packed,
-            self.scale,
-            self.zeros,
-            self.bias,
-            scale,
-            zero_point,
-            dtype if grid is None else torch.uint8,
-            name or "none",
-            [],
-            algorithm,
+            rows, 1.0, self.zero_point, self.packed, scale, self.zeros, bias, *ending
         )
-        return out.view(*codes.shape[:-1], len(self.scale))
+        return out.view(*codes.shape[:-1], len(scale))
 
     def forward(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """(..., in) uint8 -> (..., out) in a dtype."""

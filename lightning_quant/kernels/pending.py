@@ -65,14 +65,21 @@ class Epilogue(NamedTuple):
         low, high = _ends(self.low, self.high, grid)
         return self if self.curve else self._replace(low=low, high=high)
 
-    def operation(self) -> tuple[str, list[float]]:
-        """The clamp or curve as oneDNN calls it, with its numbers."""
+    def operation(self) -> tuple[str, list[float], str]:
+        """The clamp or curve as oneDNN calls it, with its numbers and its algorithm."""
         if self.curve or not self.activated:
-            return self.curve or "none", []
+            name, _, algorithm = self.curve.partition(" ")
+            return name or "none", [], algorithm
         if (self.low, self.high) == (0.0, math.inf):
-            return "relu", []
+            return "relu", [], ""
         largest = torch.finfo(torch.float32).max
-        return "hardtanh", [max(self.low, -largest), min(self.high, largest)]
+        return "hardtanh", [max(self.low, -largest), min(self.high, largest)], ""
+
+    def ending_on(self, grid: Grid | None) -> tuple[Any, ...]:
+        """How oneDNN is told what to answer: floats, or codes of a grid; and the operation before that."""
+        if grid is None:
+            return 1.0, 0, self.dtype, *self.operation()
+        return grid.scale, grid.zero_point, torch.uint8, *self.clamped_to(grid).operation()
 
 
 @functools.lru_cache(maxsize=2**12)
@@ -94,9 +101,6 @@ class PatientKernel(Kernel):
         hands_on: whether it was seen to answer in codes.
     """
 
-    scale: Tensor
-    bias: Tensor | None
-
     def __init__(self) -> None:
         super().__init__()
         self.patient = True
@@ -104,28 +108,19 @@ class PatientKernel(Kernel):
         self.absorbed: tuple[str, ...] = ()
         self.hands_on = False
         self._folded: tuple[_Norm, list[int] | None, Epilogue] | None = None
-        self._layout: tuple[torch.Size, tuple[tuple[int, ...], tuple[int, ...]]] | None = None
 
     @abstractmethod
     def finish(self, codes: Tensor, epilogue: Epilogue, grid: Grid | None = None) -> Tensor:
-        """The product of codes (B, C, H, W) uint8, as float32 or as the uint8 codes of a grid: (B, out, H', W')."""
+        """The product of uint8 codes and all that the epilogue says, as floats or as the uint8 codes of a grid."""
 
-    def shape_of(self, codes: Tensor) -> tuple[int, int, int, int]:
-        """The shape of that."""
-        raise NotImplementedError
-
+    @abstractmethod
     def layout_of(self, codes: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shape and strides of that: channels last."""
-        layout = self._layout
-        if layout is None or layout[0] != codes.shape:
-            b, c, h, w = self.shape_of(codes)
-            layout = self._layout = codes.shape, ((b, c, h, w), (c * h * w, 1, w * c, c))
-        return layout[1]
+        """Shape and strides of that."""
 
     @property
+    @abstractmethod
     def bare(self) -> Epilogue:
         """What follows the sum of integers in the layer itself."""
-        return Epilogue(self.scale, self.bias)
 
     @property
     def in_words(self) -> str:
@@ -141,9 +136,9 @@ class PatientKernel(Kernel):
         if known is None or now is None or state != now or any(a is not b for a, b in zip(known, norm, strict=True)):
             if not norm.is_plain():
                 return None
-            scale, shift = norm.scale_and_shift()
-            bias = shift if self.bias is None else torch.addcmul(shift, self.bias, scale)
-            epilogue = Epilogue(self.scale * scale, bias)
+            bare, (scale, shift) = self.bare, norm.scale_and_shift()
+            bias = shift if bare.bias is None else torch.addcmul(shift, bare.bias, scale)
+            epilogue = bare._replace(scale=bare.scale * scale, bias=bias)
             self._folded = norm, now, epilogue
         return epilogue
 
@@ -207,7 +202,7 @@ class Pending(Tensor):
     >>> with torch.no_grad():
     ...     out = F.relu(layer(torch.rand(1, 3, 6, 6)))
     >>> out.shape, out.epilogue.operation(), type(out + 1).__name__
-    (torch.Size([1, 8, 4, 4]), ('relu', []), 'Tensor')
+    (torch.Size([1, 8, 4, 4]), ('relu', [], ''), 'Tensor')
     """
 
     kernel: PatientKernel

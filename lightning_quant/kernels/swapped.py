@@ -86,7 +86,8 @@ class SwappedKernels:
         for name, place in self.places.items():
             kernel = getattr(place, "kernel", None)
             if isinstance(kernel, PatientKernel) and kernel.absorbed and self._told.get(name) != kernel.in_words:
-                found[name] = self._told[name], _ = kernel.in_words, ""
+                self._told[name] = kernel.in_words
+                found[name] = kernel.in_words, ""
         return found if measured or found else None
 
     def give_back(self) -> None:

@@ -98,3 +98,39 @@ def test_predict_says_what_was_taken_over(backend):
     kernels = {row.layer: row.kernel for row in swap.table.rows}
     assert backend == "auto" or kernels["blocks.0.fc1"] == kernels["blocks.1.fc1"] == "int8 (oneDNN) + gelu -> codes"
     assert kernels["blocks.0.qkv"] in ("int8 (oneDNN)", "float")
+
+
+@torch.no_grad()
+def test_a_clamp_is_taken_over_that_the_first_sample_does_not_need():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 128), torch.randn(16, 64)
+    linear.bias.fill_(0.5)
+    x[0] = 0  # answers 0.5, so that nothing is cut off
+    layer = calibrated(linear, "int8_sym_channel", "int8_asym_tensor", x)
+    swap(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        bare = layer(x) + 0
+        for follow in (F.relu, F.relu6, F.silu, F.hardswish):
+            found = follow(layer(x)) + 0
+            torch.testing.assert_close(found, follow(bare), atol=0.02, rtol=0.02)
+
+
+@torch.no_grad()
+def test_codes_end_where_a_grid_of_fewer_bits_ends():
+    torch.manual_seed(0)
+    first, x = nn.Linear(64, 128), torch.randn(16, 64)
+    second = calibrated(nn.Linear(128, 32), "int8_sym_channel", "int7_asym_tensor", 0.3 * first(x))
+    first = calibrated(first, "int8_sym_channel", "int8_asym_tensor", x)
+    swap(first, second)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = first(x).codes_on(second.kernel.grid)
+    assert codes.min() == 0 and codes.max() == 127
+
+
+@torch.no_grad()
+def test_a_norm_of_another_axis_reads_floats():
+    torch.manual_seed(0)
+    linear, norm, x = nn.Linear(64, 128), nn.BatchNorm1d(128).eval(), torch.randn(16, 64)
+    layer = calibrated(linear, "int8_sym_channel", "int8_asym_tensor", x)
+    swap(layer)
+    torch.testing.assert_close(norm(layer(x.bfloat16())), norm(layer(x.bfloat16()) + 0))
