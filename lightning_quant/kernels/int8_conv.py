@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_quant.kernels.codes import Grid
+from lightning_quant.kernels.epilogue import Epilogue
 from lightning_quant.kernels.int8_linear import FLOATS, output_dtype
 from lightning_quant.kernels.int8_product import may_saturate
-from lightning_quant.kernels.pending import Epilogue, PatientKernel, Pending
+from lightning_quant.kernels.pending import PatientKernel, Pending
 from lightning_quant.kernels.spec import AnySpec, LayerSpec
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.layers.conv import same_padding

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_quant.kernels.codes import Grid, to_uint8
+from lightning_quant.kernels.epilogue import Epilogue
 from lightning_quant.kernels.int8_product import Int8Product
-from lightning_quant.kernels.pending import Epilogue, PatientKernel, Pending, plain
+from lightning_quant.kernels.pending import PatientKernel, Pending, plain
 from lightning_quant.kernels.spec import AnySpec, LayerSpec
 from lightning_quant.layers import QuantizedLayer
 from lightning_quant.quantizers import UniformQuantizer
