@@ -12,12 +12,14 @@ MISSING = "–"
 
 
 def diffusion_section(measured: dict[str, Any], table: Table) -> str:
-    """One table for each net: signal to noise ratio, error of the noise, and Frechet distance where there is one."""
+    """One table for each net: signal to noise ratio, error of the noise, Frechet distance where there is one, parts."""
     parts = []
     for net in NETS:
         if net not in measured:
             continue
-        methods = [name for name, method in SAMPLERS.items() if net in method.nets and name in measured[net]]
+        there = {name: method for name, method in SAMPLERS.items() if net in method.nets and name in measured[net]}
+        methods = [name for name, method in there.items() if method.part_of is None]
+        without = [name for name, method in there.items() if method.part_of in measured[net]]
         exact = _entry(measured, net, "float", "W32A32")
         lines = [[m, *(_cell(_entry(measured, net, m, bits)) for bits in BITS)] for m in methods]
         far = [
@@ -28,7 +30,18 @@ def diffusion_section(measured: dict[str, Any], table: Table) -> str:
         parts.append(f"### {net}\n\nThe float model's noise MSE is {_figure(exact, 'noise_mse', '.4f')}.")
         parts += [table(["method", *BITS], lines)] if lines else []
         parts += [table(["Frechet distance to float samples", *BITS], far)] if far else []
+        parts += [_without(measured, net, without, table)] if without else []
     return "\n\n".join(parts) if parts else "Not measured yet."
+
+
+def _without(measured: dict[str, Any], net: str, names: list[str], table: Table) -> str:
+    """What each part of a method does."""
+    lines = []
+    for name in names:
+        whole, bits = SAMPLERS[name].part_of or "", SAMPLERS[name].bits[0]
+        found = (_figure(_entry(measured, net, method, bits), "sqnr", ".1f") for method in (name, whole))
+        lines.append([name, bits, *found])
+    return table(["a method without one of its parts", "bits", "dB", "with it"], lines)
 
 
 def _entry(measured: dict[str, Any], net: str, method: str, bits: str) -> dict[str, Any] | None:

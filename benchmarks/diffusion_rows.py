@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -29,14 +29,20 @@ class Sampler:
         arguments: of the callback.
         nets: the denoisers that it is for.
         weights: their format, up to the bits; the same grid for all that have one.
+        activations: theirs.
         own: more arguments for one of the denoisers.
+        bits: those it is measured at.
+        part_of: the method that this is a part of.
     """
 
     callback: str
     arguments: dict[str, Any] = field(default_factory=dict)
     nets: tuple[str, ...] = NETS
     weights: str = "int{}_asym"
+    activations: str = "int{}"
     own: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bits: tuple[str, ...] = BITS
+    part_of: str | None = None
 
 
 _MOMENTS = {"calibration_samples": 256}  # of 32 trajectories of the float model, 8 of each
@@ -46,6 +52,9 @@ SAMPLERS: dict[str, Sampler] = {
     "min-max": Sampler(_PLAIN, {"ranges": "minmax", **_MOMENTS}),
     "nearest": Sampler(_PLAIN, _MOMENTS),
     "nearest, per step": Sampler(_PLAIN, {"per_step": True, **_MOMENTS}),
+    "nearest, per token": Sampler(  # what LRQ-DiT has to beat: its ranges, and attention in float
+        _PLAIN, {"attention": False, **_MOMENTS}, nets=("dit_mnist",), activations="int{}_sym_token_dynamic"
+    ),
     "BRECQ": Sampler(_PLAIN, {"reconstruct": "brecq", **_MOMENTS}),
     "Q-Diffusion": Sampler("QDiffusion", {"reconstruct": "brecq"}),
     "TFMQ-DM": Sampler("TFMQDM", {"reconstruct": "brecq"}),
@@ -58,6 +67,42 @@ SAMPLERS: dict[str, Sampler] = {
     "LRQ-DiT": Sampler("LRQDiT", _MOMENTS, nets=("dit_mnist",), weights="twinlog_{}"),
     "PTQ4ARVG": Sampler("PTQ4ARVG", nets=("dit_mnist",)),
 }
+# What each part of a method does: the method without it, on the net that it is for.
+WITHOUT: dict[str, dict[str, dict[str, Any]]] = {
+    "Q-Diffusion": {"one scale for what is joined": {"split": False}, "not fitted": {"reconstruct": None}},
+    "TFMQ-DM": {
+        "temporal layers not fitted by themselves": {"tiar": False},
+        "one range for all steps": {"finite_set": False},
+    },
+    "EDA-DM": {"steps not chosen": {"diversity": None}, "not fitted": {"reconstruct": None}},
+    "DilateQuant": {
+        "not dilated": {"dilate": False},
+        "one range for all steps": {"per_step": False},
+        "not fitted": {"reconstruct": None},
+    },
+    "LRQ-DiT": {"not rotated": {"rotation": None, "smooth": None}, "uniform levels": {}},
+}
+
+
+def without() -> dict[str, Sampler]:
+    """The methods that lack a part, each on one net."""
+    found = {}
+    for name, parts in WITHOUT.items():
+        whole = SAMPLERS[name]
+        for part, changed in parts.items():
+            weights = "int{}" if part == "uniform levels" else whole.weights
+            found[f"{name}, {part}"] = replace(
+                whole,
+                arguments={**whole.arguments, **changed},
+                nets=whole.nets[:1],
+                weights=weights,
+                bits=("W4A8",),
+                part_of=name,
+            )
+    return found
+
+
+SAMPLERS |= without()
 
 
 class DiffusionRow(NamedTuple):
@@ -89,12 +134,12 @@ class DiffusionRow(NamedTuple):
         """The arguments beside the bits; as in the papers, the first and the last layer have 8 bits in all rows."""
         sampler = SAMPLERS[self.method]
         given = {**sampler.arguments, **sampler.own.get(self.model, {}), "first_last": "int8"}
-        return {**given, "reconstruct": Reconstruction(**self.steps)} if "reconstruct" in given else given
+        return {**given, "reconstruct": Reconstruction(**self.steps)} if given.get("reconstruct") else given
 
     @property
     def steps(self) -> dict[str, Any]:
         """How the method reconstructs, if it does."""
-        preset = SAMPLERS[self.method].arguments.get("reconstruct", "")
+        preset = SAMPLERS[self.method].arguments.get("reconstruct") or ""
         more = {"iterations": MORE[self.model]} if self.model in MORE else {}
         return {**PRESETS.get(preset, {}), **STEPS, **more, **(BRECQ if preset == "brecq" else {})}
 
@@ -105,22 +150,24 @@ class DiffusionRow(NamedTuple):
             return ""
         sampler = SAMPLERS[self.method]
         steps = ", ".join(f"{name}={value!r}" for name, value in self.steps.items())
-        told = {"reconstruct": f"Reconstruction({steps})"}
+        told = {"reconstruct": f"Reconstruction({steps})" if sampler.arguments.get("reconstruct") else "None"}
         arguments = [f"{name}={told.get(name, repr(value))}" for name, value in self.arguments.items()]
-        weights = f"weights={sampler.weights.format('N')!r}"
-        return f"{sampler.callback}({', '.join([weights, *arguments])})"
+        formats = [f"weights={sampler.weights.format('N')!r}"]
+        if sampler.activations != Sampler.activations:
+            formats.append(f"activations={sampler.activations.format('N')!r}")
+        return f"{sampler.callback}({', '.join([*formats, *arguments])})"
 
     def callbacks(self) -> list[L.Callback]:
         """The callback; none for the float model."""
         if self.method == "float":
             return []
         weights, activations = self.bits[1:].split("A")
-        make = getattr(lightning_quant, SAMPLERS[self.method].callback)
-        return [
-            make(
-                weights=SAMPLERS[self.method].weights.format(weights), activations=f"int{activations}", **self.arguments
-            )
-        ]
+        sampler = SAMPLERS[self.method]
+        formats = {
+            "weights": sampler.weights.format(weights),
+            "activations": sampler.activations.format(activations),
+        }
+        return [getattr(lightning_quant, sampler.callback)(**formats, **self.arguments)]
 
 
 def diffusion_rows() -> list[DiffusionRow]:
@@ -132,5 +179,5 @@ def diffusion_rows() -> list[DiffusionRow]:
         for net in NETS
         for bits in BITS
         for name, method in there.items()
-        if net in method.nets
+        if net in method.nets and bits in method.bits
     ]

@@ -24,7 +24,7 @@ def test_every_row_is_there_once_and_can_be_built():
 
 def test_the_settings_are_code_that_makes_the_same_callbacks():
     for row in {row.method: row for row in diffusion_rows() if row.method != "float"}.values():
-        code = row.settings.replace("intN_", "int8_").replace("_N'", "_8'")  # as the bits say
+        code = row.settings.replace("intN", "int8").replace("_N'", "_8'")  # as the bits say
         (given,), again = row.callbacks(), eval(code, vars(lightning_quant))
         formats = {"weights", "activations"}
         assert {k: v for k, v in again.arguments.items() if k not in formats} == {
