@@ -27,6 +27,7 @@ from lightning_quant.calibration.token_weights import attention_received, column
 from lightning_quant.calibration.tokens import TokenWindows
 from lightning_quant.calibration.trajectory import (
     Moment,
+    Sampler,
     Trajectory,
     WholeTrajectories,
     at_intervals,
@@ -43,6 +44,7 @@ __all__ = [
     "Moment",
     "Moments",
     "SampleCache",
+    "Sampler",
     "Signature",
     "TokenWindows",
     "Trajectory",

@@ -34,6 +34,8 @@ class Moment(NamedTuple):
 class Sampler(Protocol):
     """A LightningModule that samples from seeds, as :class:`~lightning_quant.modules.DiffusionMixin` does."""
 
+    denoiser: nn.Module
+
     @property
     def timesteps(self) -> list[float]:
         """Of a trajectory, in its order."""

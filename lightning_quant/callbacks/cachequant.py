@@ -49,7 +49,8 @@ class CacheQuant(PostTrainingQuantization, AtFirstBatch):
         weights: format of the weights.
         activations: format of the layers' inputs and of the attention operands.
         interval: refresh at so many-th of the steps in the mean.
-        schedule: ``"uniform"``, ``"dps"``, or the numbers of the refresh steps; see :class:`FeatureCache`.
+        schedule: ``"uniform"``, ``"dps"``, ``"weighted"``, or the numbers of the refresh steps; see
+            :class:`FeatureCache`.
         cache_point: see :class:`FeatureCache`.
         correct: whether the kept feature is corrected.
         correct_quantization: whether what the quantized layers make of it is.
@@ -74,7 +75,7 @@ class CacheQuant(PostTrainingQuantization, AtFirstBatch):
         weights: str | None = "int8",
         activations: str = "int8",
         interval: int = 5,
-        schedule: Literal["uniform", "dps"] | Sequence[int] = "uniform",
+        schedule: Literal["uniform", "dps", "weighted"] | Sequence[int] = "uniform",
         cache_point: str = "auto",
         correct: bool = True,
         correct_quantization: bool = True,

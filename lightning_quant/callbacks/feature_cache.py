@@ -17,9 +17,11 @@ from lightning_quant.callbacks.at_first_batch import AtFirstBatch
 from lightning_quant.graph import CachePoint, find_cache_point
 from lightning_quant.layers import KeptFeatures, as_float, cache_modules, deep_feature, stop_caching
 from lightning_quant.modules import DiffusionMixin
-from lightning_quant.solvers import FeaturePairs
+from lightning_quant.solvers import FeaturePairs, stale_windows
 
 CHUNK = 32  # trajectories that calibration samples at a time
+PROBES = 8  # trajectories that weights are found on
+SCHEDULES = ("uniform", "dps", "weighted")
 
 
 class FeatureCache(AtFirstBatch):
@@ -77,7 +79,7 @@ class FeatureCache(AtFirstBatch):
     def __init__(
         self,
         interval: int = 5,
-        schedule: Literal["uniform", "dps"] | Sequence[int] = "uniform",
+        schedule: Literal["uniform", "dps", "weighted"] | Sequence[int] = "uniform",
         cache_point: str = "auto",
         correct: bool = True,
         calibration_samples: int = 32,
@@ -87,8 +89,8 @@ class FeatureCache(AtFirstBatch):
             raise ValueError(
                 f"interval and calibration_samples must be at least 1, found {interval} and {calibration_samples}"
             )
-        if isinstance(schedule, str) and schedule not in ("uniform", "dps"):
-            raise ValueError(f"schedule={schedule!r} is neither 'uniform' nor 'dps' nor a list of steps")
+        if isinstance(schedule, str) and schedule not in SCHEDULES:
+            raise ValueError(f"schedule={schedule!r} is none of {', '.join(map(repr, SCHEDULES))}, nor a list of steps")
         if not isinstance(schedule, str) and (list(schedule) != sorted({*schedule}) or list(schedule)[:1] != [0]):
             raise ValueError(f"schedule={list(schedule)} has to be a list of different steps that begins 0, in order")
         self.interval, self.cache_point, self.correct = interval, cache_point, correct
@@ -110,7 +112,12 @@ class FeatureCache(AtFirstBatch):
     @property
     def needs_calibration(self) -> bool:
         """Whether the schedule or the correction have to be found yet."""
-        return (self.schedule == "dps" or self.correct) and not self.refresh
+        return (self.searches or self.correct) and not self.refresh
+
+    @property
+    def searches(self) -> bool:
+        """Whether the schedule is found on trajectories."""
+        return self.schedule in ("dps", "weighted")
 
     @property
     def runs(self) -> dict[str, int]:
@@ -179,10 +186,20 @@ class FeatureCache(AtFirstBatch):
                             pairs.add(step, feature[0])
                         seen = step
                         advance(len(chunk))
+            if self.schedule == "weighted" and own:
+                probes, windows = reordered((seeds, conditions), own[:PROBES]), -(-len(steps) // self.interval)
+                with progress_bar(trainer, "Weighing stale features", windows, "windows") as advance:
+                    for first, loss in stale_windows(module, point, self.interval, *probes):
+                        pairs.add_loss(first, loss)
+                        advance(1)
             for other in from_other_ranks(pairs.state()):
                 pairs.merge(other)
             self.timesteps = timesteps
-            self.refresh = pairs.schedule(self.interval) if self.schedule == "dps" else self._fixed(len(steps))
+            self.refresh = (
+                pairs.schedule(self.interval, weighted=self.schedule == "weighted")
+                if self.searches
+                else self._fixed(len(steps))
+            )
             if self.correct:
                 self._find_corrections(pairs)
         rank_zero_info(f"FeatureCache refreshes at {len(self.refresh)} of {len(steps)} steps: {self.refresh}")
@@ -192,7 +209,7 @@ class FeatureCache(AtFirstBatch):
         if self._open is not None:
             return
         module, point = _sampler(pl_module), self.point(pl_module)
-        if not (self.schedule == "dps" or self.correct):
+        if not (self.searches or self.correct):
             self.timesteps = module.timesteps
             self.refresh = self._fixed(len({*self.timesteps}))
         self._features = KeptFeatures(self.timesteps, self.refresh, self.scale, self.shift)
@@ -226,7 +243,7 @@ class FeatureCache(AtFirstBatch):
 
     def _window(self, steps: int) -> int:
         """The most steps that a feature may be used for."""
-        if self.schedule == "dps":
+        if self.searches:
             return 2 * self.interval
         fixed = [*self._fixed(steps), steps]
         return max(after - before for before, after in pairwise(fixed))

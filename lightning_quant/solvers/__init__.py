@@ -33,6 +33,7 @@ from lightning_quant.solvers.rounding import (
     WeightRounding,
 )
 from lightning_quant.solvers.sensitivity import PRODUCERS, sensitivities
+from lightning_quant.solvers.stale_windows import stale_windows
 from lightning_quant.solvers.supervision import Balance, moment_distance, output_distance
 from lightning_quant.solvers.twins import align_twin, product_error
 
@@ -99,6 +100,7 @@ __all__ = [
     "sensitivities",
     "settle",
     "skewness_init",
+    "stale_windows",
     "trade_off",
     "wanda_scores",
 ]

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_quant import FeatureCache, Fidelity, KernelSwap, PostTrainingQuantization
 from lightning_quant.layers import CachedModule, as_float, deep_feature
 from lightning_quant.metrics import sqnr
+from lightning_quant.solvers import stale_windows
 from tests.diffusion import Own, dit, labelled, pictures, sampler, seeds, unet
 from tests.models import TinyTransformer, trainer, validate
 
@@ -163,6 +164,29 @@ def test_the_schedule_goes_where_the_feature_moves(make):
     assert all(2 <= b - a <= 8 for a, b in pairwise([*chosen.refresh, 12]))
 
 
+def test_a_weighted_schedule_asks_the_samples_what_they_lose():
+    """In a U-Net whose deep part answers two things only: a kept answer is wrong where the next one is another."""
+    module, changes, step = sampler(steps=12), 6, []
+    point = FeatureCache().point(module)
+    module.denoiser.register_forward_pre_hook(lambda *_: step.append(len(step) % 12))
+    for layer in (module.denoiser.get_submodule(point.point).get_submodule(n) for n in ("conv2", "conv_shortcut")):
+        layer.register_forward_hook(
+            lambda _, args, out: torch.linspace(0, 1 + (step[-1] >= changes), 8).expand_as(out).clone()
+        )
+    lost = dict(stale_windows(module, point, 4, torch.arange(2), {}))
+    assert lost[0] == lost[8] == 0 < lost[4]
+    chosen = FeatureCache(4, "weighted", correct=False, calibration_loader=seeds(5), calibration_samples=5)
+    exact = images(module)
+    assert torch.equal(images(module, chosen), exact)
+    assert changes in chosen.refresh and len(chosen.refresh) == 3 and chosen.runs == {"deep": 3, "skipped": 9}
+
+
+def test_a_weighted_schedule_on_any_denoiser(make):
+    chosen = FeatureCache(interval=4, schedule="weighted", calibration_loader=seeds(5), calibration_samples=5)
+    images(make(steps=12), chosen)
+    assert len(chosen.refresh) == 3 and all(3 <= b - a <= 6 for a, b in pairwise([*chosen.refresh, 12]))
+
+
 def test_validate_calibrates_and_judges_the_cached_sampler(make):
     module = make(steps=8, validation_samples=4)
     cached = FeatureCache(interval=4, schedule="dps")
@@ -176,7 +200,10 @@ def test_validate_calibrates_and_judges_the_cached_sampler(make):
     assert untouched(module)
 
 
-@pytest.mark.parametrize("arguments", [{"schedule": "dps", "correct": False}, {"correct": True}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"schedule": "dps", "correct": False}, {"schedule": "weighted", "correct": False}, {"correct": True}],
+)
 def test_without_calibration_predict_is_refused(arguments):
     module = sampler()
     with pytest.raises(RuntimeError, match=r"run trainer.validate\(model, ...\) before trainer.predict"):

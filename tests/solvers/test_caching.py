@@ -49,6 +49,32 @@ def test_the_schedule_is_the_best_of_all(steps, interval):
     )
 
 
+@pytest.mark.parametrize(("steps", "interval"), [(12, 4), (11, 3), (7, 2), (9, 4)])
+def test_differences_count_by_what_the_samples_lose(steps, interval):
+    x = features(steps, seed=steps)
+    pairs, lost = watched(x, 2 * interval), torch.rand(steps, generator=torch.Generator().manual_seed(1)) ** 2
+    weights, starts = torch.zeros(steps), range(0, steps, interval)
+    for first in starts:
+        pairs.add_loss(first, float(lost[first]))
+        cost = costs(x[first : first + interval], [0])
+        weights[first : first + interval] = float(lost[first]) ** 0.5 / cost if cost else weights[first - 1]
+
+    def weighed(schedule):
+        return sum(
+            float(weights[t] * (x[t] - x[i]).abs().sum()) for i, j in pairwise([*schedule, steps]) for t in range(i, j)
+        )
+
+    groups = -(-steps // interval)
+    shortest, longest = min(-(-3 * interval // 4), steps // groups), -(-3 * interval // 2)
+    every = [
+        [0, *rest]
+        for rest in combinations(range(1, steps), groups - 1)
+        if all(shortest <= b - a <= longest for a, b in pairwise([0, *rest, steps]))
+    ]
+    found = pairs.schedule(interval, weighted=True)
+    assert found in every and weighed(found) == pytest.approx(min(map(weighed, every)), rel=1e-5)
+
+
 def test_groups_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="7 steps cannot be cut into 2 groups of 1 to 3"):
         cheapest_groups(lambda i, j: 0.0, 7, 2, 1, 3)
@@ -90,9 +116,12 @@ def test_batches_and_ranks_add_up():
         for step, feature in enumerate(half):
             parts.add(step, feature)
     ranks = [watched(half) for half in x.split(1, dim=1)]
+    for each in (whole, parts, *ranks):
+        each.add_loss(3, 2.0 if each in ranks else 4.0)
     ranks[0].merge(ranks[1].state())
     for other in (parts, ranks[0]):
         torch.testing.assert_close(other.distances, whole.distances)
+        assert torch.equal(other.lost, whole.lost)
         assert all(torch.allclose(other.sums[pair], whole.sums[pair]) for pair in whole.sums)
 
 

@@ -1,0 +1,48 @@
+"""What the samples of a denoiser lose where its deep feature is a few steps old, at one place of the trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from lightning_quant.calibration import Sampler
+from lightning_quant.graph import CachePoint
+from lightning_quant.layers import KeptFeatures, cache_modules, stop_caching
+
+
+def stale_windows(
+    module: Sampler, point: CachePoint, interval: int, seeds: Tensor, conditions: dict[str, Any]
+) -> Iterator[tuple[int, float]]:
+    """Sample again and again with a cache, each time in another window of steps; everywhere else all modules run.
+
+    Args:
+        module: a sampler, which is not cached.
+        point: where its denoiser is cut.
+        interval: how many steps a window has; they lie side by side.
+        seeds: of the samples.
+        conditions: theirs.
+
+    Yields:
+        the first step of each window, and the sum of squares that the final samples are away from those of the whole
+        model by.
+    """
+    timesteps = module.timesteps
+    steps = len({*timesteps})
+    exact = _last(module, seeds, conditions)
+    for first in range(0, steps, interval):
+        whole = [*range(first + 1), *range(first + interval, steps)]
+        features = KeptFeatures(timesteps, whole)
+        cache_modules(module.denoiser, point.deep, point.point, point.residual, features)
+        try:
+            found = _last(module, seeds, conditions)
+        finally:
+            stop_caching(module.denoiser)
+        yield first, float((found - exact).double().square().sum())
+
+
+def _last(module: Sampler, seeds: Tensor, conditions: dict[str, Any]) -> Tensor:
+    for moment in module.trajectory(seeds, **conditions):
+        last = moment.after
+    return last
