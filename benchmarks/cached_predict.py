@@ -3,7 +3,8 @@
 ``python benchmarks/cached_predict.py --threads 2`` times whole calls of ``trainer.predict``, in turns, round after
 round, so that a busy moment slows all of them; what a callback does before and after sampling is in it. Weights are
 random, for time does not depend on them: four levels of ``--width``, twice and four times as many channels, attention
-to the image and to 77 tokens of text at three of them, an image of ``--size`` by ``--size`` in latent space.
+to the image and to 77 tokens of text at three of them, an image of ``--size`` by ``--size`` in latent space. Attention
+is computed in float, which is the faster way with so few channels a head.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
 
 import lightning as L
 import torch
@@ -48,34 +48,31 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "diffusers"))
     print(f"{integer_instructions()}; {arguments.threads} threads; {packages}", flush=True)
-    prompts = DataLoader(Prompts(arguments.samples), batch_size=arguments.samples)
+    prompts = DataLoader(Prompts(arguments.samples), batch_size=2)
     plain, quantized = sampler(arguments), sampler(arguments)
-    ptq = PostTrainingQuantization("int8", "int8", calibration_samples=4, calibration_loader=prompts)
+    ptq = PostTrainingQuantization("int8", "int8", attention=False, calibration_samples=4, calibration_loader=prompts)
     trainer(ptq).validate(quantized, prompts, verbose=False)
 
     def cache() -> FeatureCache:
         return FeatureCache(arguments.interval, schedule="uniform", correct=False)
 
     every = f"every {arguments.interval}th step"
-    contenders: dict[str, Callable[[], tuple[DiffusionModule, list[L.Callback], str]]] = {
-        "float32": lambda: (plain, [], "32-true"),
-        f"float32, deep {every}": lambda: (plain, [cache()], "32-true"),
-        "int8 kernels": lambda: (quantized, [ptq, KernelSwap("torch")], "32-true"),
-        f"int8 kernels, deep {every}": lambda: (quantized, [ptq, KernelSwap("torch"), cache()], "32-true"),
-        f"int8 kernels, bf16-mixed, deep {every}": lambda: (
-            quantized, [ptq, KernelSwap("torch"), cache()], "bf16-mixed",
-        ),
-    }  # fmt: skip
+    contenders: dict[str, Callable[[], tuple[DiffusionModule, list[L.Callback]]]] = {
+        "float32": lambda: (plain, []),
+        f"float32, deep {every}": lambda: (plain, [cache()]),
+        "int8 kernels": lambda: (quantized, [ptq, KernelSwap("torch")]),
+        f"int8 kernels, deep {every}": lambda: (quantized, [ptq, KernelSwap("torch"), cache()]),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for name, make in contenders.items():  # not timed: what is only done once
-        model, callbacks, precision = make()
-        trainer(*callbacks, precision=precision).predict(model, prompts)
+        model, callbacks = make()
+        trainer(*callbacks).predict(model, prompts)
         told = [str(found.runs) for found in callbacks if isinstance(found, FeatureCache)]
         print(f"  {name} {' '.join(told)}", flush=True)
     for _ in range(arguments.rounds):
         for name, make in contenders.items():
-            model, callbacks, precision = make()
-            run = trainer(*callbacks, precision=precision)
+            model, callbacks = make()
+            run = trainer(*callbacks)
             began = time.perf_counter()
             run.predict(model, prompts)
             seconds[name].append(time.perf_counter() - began)
@@ -90,7 +87,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--interval", type=int, default=5)
     parser.add_argument("--width", type=int, default=128)
@@ -111,10 +108,9 @@ def sampler(arguments: argparse.Namespace) -> DiffusionModule:
     return DiffusionModule(denoiser, DDIMScheduler(), arguments.steps, validation_samples=0)
 
 
-def trainer(*callbacks: L.Callback, precision: Any = "32-true") -> L.Trainer:
+def trainer(*callbacks: L.Callback) -> L.Trainer:
     return L.Trainer(
         accelerator="cpu",
-        precision=precision,
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,

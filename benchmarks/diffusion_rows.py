@@ -90,7 +90,7 @@ def without() -> dict[str, Sampler]:
     for name, parts in WITHOUT.items():
         whole = SAMPLERS[name]
         for part, changed in parts.items():
-            weights = "int{}" if part == "uniform levels" else whole.weights
+            weights = Sampler.weights if part == "uniform levels" else whole.weights
             found[f"{name}, {part}"] = replace(
                 whole,
                 arguments={**whole.arguments, **changed},
