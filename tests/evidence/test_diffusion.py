@@ -70,6 +70,27 @@ def test_the_ranges_of_each_step_are_nearer_at_every_step(capsys):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "correct"), [("unet_mnist", True), ("dit_mnist", False)])
+def test_refreshing_where_the_sample_feels_it_is_nearer_than_every_fifth_step(name, correct, capsys):
+    """Float nets; correcting the kept feature is for U-Nets."""
+    module, samples = diffuser(name, validation_samples=0), 32
+
+    def drawn(*callbacks):
+        return torch.cat(trainer(*callbacks).predict(module, loader(1_000_000, samples)))
+
+    exact, found = drawn(), {}
+    for schedule in ("uniform", "dps", "weighted"):
+        for corrects in (False, True):
+            cache = FeatureCache(5, schedule, correct=corrects, calibration_loader=loader(0, samples))
+            found[schedule, corrects] = round(float(sqnr(drawn(cache), exact)), 2)
+            assert cache.runs == {"deep": 10, "skipped": 40}
+    told(capsys, f"{name}, interval 5, SQNR of the final samples by schedule and correction: {found}")
+    assert found["weighted", False] > found["uniform", False]
+    assert (found["uniform", True] > found["uniform", False]) == correct
+    assert found["weighted", correct] > found["uniform", correct]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "correct"), [("unet_mnist", True), ("dit_mnist", False)])
 def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, correct, capsys):
     """Correcting the kept feature is for U-Nets; what a run of transformer blocks adds is better left as it is."""
     module, samples = diffuser(name, validation_samples=0), 16
@@ -81,15 +102,38 @@ def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, correct,
     moments = Trajectory(samples, 4, loader=seeds)
     plain = PostTrainingQuantization("int8", "int8", calibration_samples=64, calibration_loader=moments)
     trainer(plain).validate(module, loader(0, samples), verbose=False)
-    cache = FeatureCache(5, "uniform", correct=False)
-    found = {"uniform cache and plain quantization": float(sqnr(drawn(plain, cache), exact))}
-    assert cache.runs == {"deep": 10, "skipped": 40}
+    found = {}
+    for part, cache in {
+        "uniform cache and plain quantization": FeatureCache(5, "uniform", correct=False),
+        "the same with a weighted schedule": FeatureCache(5, "weighted", correct=False, calibration_loader=seeds),
+        "the same with a corrected feature": FeatureCache(5, "uniform", correct=True, calibration_loader=seeds),
+    }.items():
+        found[part] = round(float(sqnr(drawn(plain, cache), exact)), 2)
+        assert cache.runs == {"deep": 10, "skipped": 40}
     plain.remove(module)
-    both = CacheQuant(
-        "int8", "int8", interval=5, correct=correct, calibration_samples=samples, calibration_loader=seeds
-    )
-    trainer(both).validate(module, loader(0, samples), verbose=False)
-    found["CacheQuant"] = float(sqnr(drawn(both), exact))
-    assert both.cache.runs == {"deep": 10, "skipped": 40}
+    for schedule in ("uniform", "weighted"):
+        both = CacheQuant(
+            "int8", "int8", interval=5, schedule=schedule, correct=correct,
+            calibration_samples=samples, calibration_loader=seeds,
+        )  # fmt: skip
+        trainer(both).validate(module, loader(0, samples), verbose=False)
+        found[f"CacheQuant, {schedule}"] = round(float(sqnr(drawn(both), exact)), 2)
+        assert both.cache.runs == {"deep": 10, "skipped": 40}
+        both.remove(module)
     told(capsys, f"{name}, W8A8, interval 5, SQNR of the final samples: {found}")
-    assert found["CacheQuant"] > found["uniform cache and plain quantization"]
+    assert found["CacheQuant, uniform"] > found["uniform cache and plain quantization"]
+
+
+def test_samples_are_those_of_their_seeds_bit_for_bit_whatever_the_batch(capsys):
+    """A quantized model multiplies integers, exactly in any order; the float one is right up to rounding."""
+    module = diffuser("dit_mnist", num_inference_steps=10, validation_samples=0)
+    callback = PostTrainingQuantization("int8", "int8", ranges="minmax", calibration_samples=32)
+    apart = {}
+    for quantized in (False, True):
+        if quantized:
+            trainer(callback).validate(module, loader(1000, 32), verbose=False)
+        together = torch.cat(trainer().predict(module, loader(0, 64)))
+        seeds = DataLoader(TensorDataset(torch.arange(4), torch.arange(4)), batch_size=1)
+        apart[quantized] = float((torch.cat(trainer().predict(module, seeds)) - together[:4]).abs().max())
+    told(capsys, f"DiT on MNIST, batches of 1 and 64, largest difference: float {apart[False]:.1e}, W8A8 {apart[True]}")
+    assert apart[False] < 1e-4 and apart[True] == 0
