@@ -52,7 +52,7 @@ class CacheQuant(PostTrainingQuantization, AtFirstBatch):
         schedule: ``"uniform"``, ``"dps"``, ``"weighted"``, or the numbers of the refresh steps; see
             :class:`FeatureCache`.
         cache_point: see :class:`FeatureCache`.
-        correct: whether the kept feature is corrected.
+        correct: whether the kept feature is corrected, or ``"auto"``; see :class:`FeatureCache`.
         correct_quantization: whether what the quantized layers make of it is.
         ranges: how ranges are found, for each step.
         per_step: whether each step has its own ranges and corrections, or how many groups of them do.
@@ -77,7 +77,7 @@ class CacheQuant(PostTrainingQuantization, AtFirstBatch):
         interval: int = 5,
         schedule: Literal["uniform", "dps", "weighted"] | Sequence[int] = "uniform",
         cache_point: str = "auto",
-        correct: bool = True,
+        correct: bool | Literal["auto"] = "auto",
         correct_quantization: bool = True,
         ranges: str = "minmax",
         per_step: bool | int = True,

@@ -12,12 +12,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_quant.calibration import from_other_ranks, progress_bar, reordered, trajectory_seeds, undisturbed
+from lightning_quant.calibration import (
+    from_other_ranks,
+    merge_across_ranks,
+    progress_bar,
+    reordered,
+    trajectory_seeds,
+    undisturbed,
+)
 from lightning_quant.callbacks.at_first_batch import AtFirstBatch
 from lightning_quant.graph import CachePoint, find_cache_point
 from lightning_quant.layers import KeptFeatures, as_float, cache_modules, deep_feature, stop_caching
 from lightning_quant.modules import DiffusionMixin
-from lightning_quant.solvers import FeaturePairs, stale_windows
+from lightning_quant.solvers import FeaturePairs, stale_groups
 
 CHUNK = 32  # trajectories that calibration samples at a time
 PROBES = 8  # trajectories that weights are found on
@@ -36,9 +43,10 @@ class FeatureCache(AtFirstBatch):
     first and the last add to the stream. ``schedule="dps"`` chooses as many refresh steps as every ``interval``-th, so
     that :math:`\sum_t w_t \|h_t - h_{c(t)}\|_1` over the float model's own trajectories is least, with :math:`w_t = 1`,
     by dynamic programming (groups of half to twice the interval). ``"weighted"`` is our own: w says what the final
-    sample loses. One window of ``interval`` steps after another is served the feature of its first step while all others run in
-    full, which takes steps / interval trajectories more, of eight samples. ``correct`` finds a and b for each step and
-    channel by least squares.
+    sample loses, for which one group of ``interval`` steps after another is served the feature of its first step while
+    all others run in full (steps / interval more trajectories, of eight samples). ``correct`` finds a and b for each
+    step and channel by least squares; ``"auto"``, our own too, tries each group of steps with and without in the same
+    way, and corrects where the final sample gains.
 
     It works in validate, test and predict on a module that samples (:class:`~lightning_quant.DiffusionModule`), float
     or quantized; nothing is left behind when the run ends, also after an exception. Where the schedule or ``correct``
@@ -62,7 +70,7 @@ class FeatureCache(AtFirstBatch):
         schedule: ``"uniform"``, ``"dps"``, ``"weighted"``, or the numbers of the refresh steps, which begin with 0.
         cache_point: ``"auto"``; of a U-Net the layer whose answer is kept, ``"up_blocks.2.resnets.0"``; else a run of
             blocks, ``"transformer_blocks.2:6"``. Names are relative to the denoiser.
-        correct: whether the kept feature is corrected.
+        correct: whether the kept feature is corrected; ``"auto"``: where the final sample gains.
         calibration_samples: how many trajectories calibrate.
         calibration_loader: where their seeds and conditions come from, as :class:`~lightning_quant.Trajectory` says.
 
@@ -87,7 +95,7 @@ class FeatureCache(AtFirstBatch):
         interval: int = 5,
         schedule: Literal["uniform", "dps", "weighted"] | Sequence[int] = "uniform",
         cache_point: str = "auto",
-        correct: bool = True,
+        correct: bool | Literal["auto"] = True,
         calibration_samples: int = 32,
         calibration_loader: Any = "auto",
     ) -> None:
@@ -99,6 +107,8 @@ class FeatureCache(AtFirstBatch):
             raise ValueError(f"schedule={schedule!r} is none of {', '.join(map(repr, SCHEDULES))}, nor a list of steps")
         if not isinstance(schedule, str) and (list(schedule) != sorted({*schedule}) or list(schedule)[:1] != [0]):
             raise ValueError(f"schedule={list(schedule)} has to be a list of different steps that begins 0, in order")
+        if correct not in (True, False, "auto"):
+            raise ValueError(f"correct={correct!r} is none of True, False, 'auto'")
         self.interval, self.cache_point, self.correct = interval, cache_point, correct
         self.schedule = schedule if isinstance(schedule, str) else list(schedule)
         self.calibration_samples, self.calibration_loader = calibration_samples, calibration_loader
@@ -172,43 +182,32 @@ class FeatureCache(AtFirstBatch):
     def calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample with the float model, choose the refresh steps, and find the corrections."""
         module, point = _sampler(pl_module), self.point(pl_module)
-        timesteps = module.timesteps
-        steps = {timestep: k for k, timestep in enumerate(dict.fromkeys(timesteps))}
+        self.timesteps = module.timesteps
+        steps = len({*self.timesteps})
         with undisturbed(pl_module), as_float(pl_module):
-            pairs = FeaturePairs(len(steps), self._window(len(steps)))
-            seeds, conditions = trajectory_seeds(trainer, module, self.calibration_loader, self.calibration_samples)
-            own = range(trainer.global_rank, len(seeds), trainer.world_size)
-            with (
-                progress_bar(trainer, "Watching the deep feature", len(own) * len(steps), "steps") as advance,
-                deep_feature(module.denoiser, point.deep, point.point, point.residual) as feature,
-            ):
-                for start in range(0, len(own), CHUNK):
-                    chunk = own[start : start + CHUNK]
-                    own_seeds, given = reordered((seeds, conditions), chunk)
-                    seen = -1
-                    for moment in module.trajectory(own_seeds, **given):
-                        step = steps[moment.timestep]
-                        if step != seen:  # a timestep that comes again is the same step
-                            pairs.add(step, feature[0])
-                        seen = step
-                        advance(len(chunk))
-            if self.schedule == "weighted" and own:
-                probes, windows = reordered((seeds, conditions), own[:PROBES]), -(-len(steps) // self.interval)
-                with progress_bar(trainer, "Weighing stale features", windows, "windows") as advance:
-                    for first, loss in stale_windows(module, point, self.interval, *probes):
-                        pairs.add_loss(first, loss)
+            seeds = trajectory_seeds(trainer, module, self.calibration_loader, self.calibration_samples)
+            own = range(trainer.global_rank, len(seeds[0]), trainer.world_size)
+            pairs = self._watch(trainer, module, point, seeds, own)
+            probes = reordered(seeds, own[:PROBES]) if own else None
+
+            def lost(refresh: Sequence[int], *correction: Tensor | None) -> Tensor:
+                """What the samples of all ranks lose by each group of steps, by its first one."""
+                found = torch.zeros(steps, dtype=torch.float64)
+                with progress_bar(trainer, "Weighing stale features", len(refresh), "groups") as advance:
+                    for first, loss in stale_groups(module, point, refresh, *probes, *correction) if probes else ():
+                        found[first] = loss
                         advance(1)
-            for other in from_other_ranks(pairs.state()):
-                pairs.merge(other)
-            self.timesteps = timesteps
-            self.refresh = (
-                pairs.schedule(self.interval, weighted=self.schedule == "weighted")
-                if self.searches
-                else self._fixed(len(steps))
-            )
+                return torch.stack(merge_across_ranks(found)).sum(0)
+
+            if self.schedule == "weighted":
+                self.refresh = pairs.schedule(self.interval, lost(range(0, steps, self.interval)))
+            else:
+                self.refresh = pairs.schedule(self.interval) if self.schedule == "dps" else self._fixed(steps)
             if self.correct:
                 self._find_corrections(pairs)
-        rank_zero_info(f"FeatureCache refreshes at {len(self.refresh)} of {len(steps)} steps: {self.refresh}")
+            if self.correct == "auto":
+                self._keep_corrections(lost(self.refresh, self.scale, self.shift) < lost(self.refresh))
+        rank_zero_info(f"FeatureCache refreshes at {len(self.refresh)} of {steps} steps: {self.refresh}")
 
     def begin(self, pl_module: LightningModule) -> None:
         """Let the deep modules of a model ask before they run."""
@@ -229,6 +228,37 @@ class FeatureCache(AtFirstBatch):
             self._open = None
 
     # ---------------------------------------------------------------- private
+
+    def _watch(
+        self, trainer: Trainer, module: DiffusionMixin, point: CachePoint, seeds: tuple[Tensor, Any], own: range
+    ) -> FeaturePairs:
+        """Sample with the whole model, and relate the deep features of nearby steps."""
+        steps = {timestep: k for k, timestep in enumerate(dict.fromkeys(self.timesteps))}
+        pairs = FeaturePairs(len(steps), self._window(len(steps)))
+        with (
+            progress_bar(trainer, "Watching the deep feature", len(own) * len(steps), "steps") as advance,
+            deep_feature(module.denoiser, point.deep, point.point, point.residual) as feature,
+        ):
+            for start in range(0, len(own), CHUNK):
+                chunk = own[start : start + CHUNK]
+                own_seeds, conditions = reordered(seeds, chunk)
+                seen = -1
+                for moment in module.trajectory(own_seeds, **conditions):
+                    step = steps[moment.timestep]
+                    if step != seen:  # a timestep that comes again is the same step
+                        pairs.add(step, feature[0])
+                    seen = step
+                    advance(len(chunk))
+        for other in from_other_ranks(pairs.state()):
+            pairs.merge(other)
+        return pairs
+
+    def _keep_corrections(self, pays: Tensor) -> None:
+        """Leave the feature as it is in the groups of steps where the samples do not gain by its correction."""
+        assert self.scale is not None and self.shift is not None
+        for first, end in pairwise([*self.refresh, len(pays)]):
+            if not pays[first]:
+                self.scale[first:end], self.shift[first:end] = 1.0, 0.0
 
     def _find_corrections(self, pairs: FeaturePairs) -> None:
         last, tables = 0, []

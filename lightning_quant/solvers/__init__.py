@@ -33,7 +33,7 @@ from lightning_quant.solvers.rounding import (
     WeightRounding,
 )
 from lightning_quant.solvers.sensitivity import PRODUCERS, sensitivities
-from lightning_quant.solvers.stale_windows import stale_windows
+from lightning_quant.solvers.stale_groups import stale_groups
 from lightning_quant.solvers.supervision import Balance, moment_distance, output_distance
 from lightning_quant.solvers.twins import align_twin, product_error
 
@@ -100,7 +100,7 @@ __all__ = [
     "sensitivities",
     "settle",
     "skewness_init",
-    "stale_windows",
+    "stale_groups",
     "trade_off",
     "wanda_scores",
 ]

@@ -67,7 +67,6 @@ class FeaturePairs:
         self.steps, self.window = steps, window
         self.distances = torch.zeros(steps, steps, dtype=torch.float64)
         self.sums: dict[tuple[int, int], Tensor] = {}  # (5, channels): count, x, y, xx, xy
-        self.lost = torch.zeros(steps, dtype=torch.float64)
         self._recent: deque[tuple[int, Tensor]] = deque(maxlen=window)
 
     def add(self, step: int, feature: Tensor) -> None:
@@ -81,51 +80,46 @@ class FeaturePairs:
             sums, pair = line_sums(kept, now), (before, step)
             self.sums[pair] = self.sums[pair] + sums if pair in self.sums else sums
 
-    def add_loss(self, first: int, loss: float) -> None:
-        """Take in what the final samples lose, in squares, if a window of steps is served the feature of its first."""
-        self.lost[first] += loss
-
-    def state(self) -> tuple[Tensor, Tensor, dict[tuple[int, int], Tensor]]:
+    def state(self) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
         """What was seen, for other ranks."""
-        return self.distances, self.lost, self.sums
+        return self.distances, self.sums
 
-    def merge(self, state: tuple[Tensor, Tensor, dict[tuple[int, int], Tensor]]) -> None:
+    def merge(self, state: tuple[Tensor, dict[tuple[int, int], Tensor]]) -> None:
         """Take in what another rank has seen."""
         self.distances = self.distances + state[0].to(self.distances)
-        self.lost = self.lost + state[1].to(self.lost)
-        for pair, sums in state[2].items():
+        for pair, sums in state[1].items():
             self.sums[pair] = self.sums[pair] + sums if pair in self.sums else sums
 
     def cost(self, first: int, end: int) -> float:
         """What it costs to use the feature of the first step until before the end: the sum of absolute differences."""
         return float(self.distances[first, first:end].sum())
 
-    def schedule(self, interval: int, weighted: bool = False) -> list[int]:
+    def schedule(self, interval: int, lost: Tensor | None = None) -> list[int]:
         r"""The steps to refresh at, as many as every ``interval``-th, that cost the least.
 
-        Groups have at least half and at most twice as many steps as the interval.
+        Groups have at least half and at most twice as many steps as the interval; where differences are weighted, three
+        quarters and one and a half times as many, as such a weight says little of groups of quite another length.
 
         Args:
             interval: refresh at so many-th of the steps in the mean.
-            weighted: whether differences count by what the final samples lose, :math:`w_t = \sqrt{L_t} / D_t`, where
-                D is the cost of the window of ``interval`` steps that t is in, and L its :meth:`add_loss`. Groups have
-                then at least three quarters and at most one and a half times as many steps, as such a weight says
-                little of groups of quite another length.
+            lost: what the final samples lose, in squares, if one group of ``interval`` steps is served the feature of
+                its first one, by that step. A difference is then weighted by :math:`w_t = \sqrt{L_t} / D_t`, where D
+                is the cost of the group that t is in.
         """
         groups = -(-self.steps // interval)
-        shares = (0.75, 1.5) if weighted else (0.5, 2.0)
+        shares = (0.5, 2.0) if lost is None else (0.75, 1.5)
         shortest, longest = (math.ceil(share * interval) for share in shares)
         shortest = min(shortest, self.steps // groups)
-        differences = self.distances * self._weights(interval) if weighted else self.distances
+        differences = self.distances if lost is None else self.distances * self._weights(interval, lost)
         return cheapest_groups(lambda i, j: float(differences[i, i:j].sum()), self.steps, groups, shortest, longest)
 
-    def _weights(self, interval: int) -> Tensor:
-        weights = torch.ones_like(self.lost)
+    def _weights(self, interval: int, lost: Tensor) -> Tensor:
+        weights = torch.ones(self.steps, dtype=torch.float64)
         for first in range(0, self.steps, interval):
             end = min(first + interval, self.steps)
             if (cost := self.cost(first, end)) > 0:
-                weights[first:end] = self.lost[first].sqrt() / cost
-            elif first:  # a window of one step
+                weights[first:end] = float(lost[first]) ** 0.5 / cost
+            elif first:  # a group of one step
                 weights[first:end] = weights[first - 1]
         return weights
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_quant import FeatureCache, Fidelity, KernelSwap, PostTrainingQuantization
 from lightning_quant.layers import CachedModule, as_float, deep_feature
 from lightning_quant.metrics import sqnr
-from lightning_quant.solvers import stale_windows
+from lightning_quant.solvers import stale_groups
 from tests.diffusion import Own, dit, labelled, pictures, sampler, seeds, unet
 from tests.models import TinyTransformer, trainer, validate
 
@@ -173,7 +173,7 @@ def test_a_weighted_schedule_asks_the_samples_what_they_lose():
         layer.register_forward_hook(
             lambda _, args, out: torch.linspace(0, 1 + (step[-1] >= changes), 8).expand_as(out).clone()
         )
-    lost = dict(stale_windows(module, point, 4, torch.arange(2), {}))
+    lost = dict(stale_groups(module, point, [0, 4, 8], torch.arange(2), {}))
     assert lost[0] == lost[8] == 0 < lost[4]
     chosen = FeatureCache(4, "weighted", correct=False, calibration_loader=seeds(5), calibration_samples=5)
     exact = images(module)
@@ -185,6 +185,23 @@ def test_a_weighted_schedule_on_any_denoiser(make):
     chosen = FeatureCache(interval=4, schedule="weighted", calibration_loader=seeds(5), calibration_samples=5)
     images(make(steps=12), chosen)
     assert len(chosen.refresh) == 3 and all(3 <= b - a <= 6 for a, b in pairwise([*chosen.refresh, 12]))
+
+
+def test_a_correction_is_kept_where_the_samples_gain_by_it(make):
+    module, chosen = make(steps=12), {}
+    for correct in (True, "auto"):
+        chosen[correct] = FeatureCache(4, correct=correct, calibration_loader=seeds(5), calibration_samples=5)
+        images(module, chosen[correct])
+    point, given = chosen[True].point(module), module.seeds_of(next(iter(seeds(5, 5))))
+    with_it = dict(stale_groups(module, point, [0, 4, 8], *given, chosen[True].scale, chosen[True].shift))
+    without = dict(stale_groups(module, point, [0, 4, 8], *given))
+    for first in (0, 4, 8):
+        group = slice(first, first + 4)
+        scale, shift = chosen["auto"].scale[group], chosen["auto"].shift[group]
+        if with_it[first] < without[first]:
+            assert torch.equal(scale, chosen[True].scale[group]) and torch.equal(shift, chosen[True].shift[group])
+        else:
+            assert (scale == 1).all() and (shift == 0).all()
 
 
 def test_validate_calibrates_and_judges_the_cached_sampler(make):

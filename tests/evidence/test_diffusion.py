@@ -69,30 +69,31 @@ def test_the_ranges_of_each_step_are_nearer_at_every_step(capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "correct"), [("unet_mnist", True), ("dit_mnist", False)])
-def test_refreshing_where_the_sample_feels_it_is_nearer_than_every_fifth_step(name, correct, capsys):
-    """Float nets; correcting the kept feature is for U-Nets."""
+@pytest.mark.parametrize("name", ["unet_mnist", "dit_mnist"])
+def test_schedule_and_correction_help_where_the_sample_is_asked(name, capsys):
+    """Float nets. What makes features nearer, the paper's schedule or a correction everywhere, does so on some nets."""
     module, samples = diffuser(name, validation_samples=0), 32
 
     def drawn(*callbacks):
         return torch.cat(trainer(*callbacks).predict(module, loader(1_000_000, samples)))
 
     exact, found = drawn(), {}
-    for schedule in ("uniform", "dps", "weighted"):
-        for corrects in (False, True):
-            cache = FeatureCache(5, schedule, correct=corrects, calibration_loader=loader(0, samples))
-            found[schedule, corrects] = round(float(sqnr(drawn(cache), exact)), 2)
-            assert cache.runs == {"deep": 10, "skipped": 40}
+    for schedule, correct in [
+        *[("uniform", False), ("dps", False), ("weighted", False)],
+        *[("uniform", True), ("uniform", "auto"), ("weighted", "auto")],
+    ]:
+        cache = FeatureCache(5, schedule, correct=correct, calibration_loader=loader(0, samples))
+        found[schedule, correct] = round(float(sqnr(drawn(cache), exact)), 2)
+        assert cache.runs == {"deep": 10, "skipped": 40}
     told(capsys, f"{name}, interval 5, SQNR of the final samples by schedule and correction: {found}")
     assert found["weighted", False] > found["uniform", False]
-    assert (found["uniform", True] > found["uniform", False]) == correct
-    assert found["weighted", correct] > found["uniform", correct]
+    assert found["uniform", "auto"] > found["uniform", False]
+    assert found["weighted", "auto"] > found["uniform", False]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "correct"), [("unet_mnist", True), ("dit_mnist", False)])
-def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, correct, capsys):
-    """Correcting the kept feature is for U-Nets; what a run of transformer blocks adds is better left as it is."""
+@pytest.mark.parametrize("name", ["unet_mnist", "dit_mnist"])
+def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, capsys):
     module, samples = diffuser(name, validation_samples=0), 16
 
     def drawn(*callbacks):
@@ -106,22 +107,22 @@ def test_cachequant_is_nearer_than_a_cache_and_plain_quantization(name, correct,
     for part, cache in {
         "uniform cache and plain quantization": FeatureCache(5, "uniform", correct=False),
         "the same with a weighted schedule": FeatureCache(5, "weighted", correct=False, calibration_loader=seeds),
-        "the same with a corrected feature": FeatureCache(5, "uniform", correct=True, calibration_loader=seeds),
+        "the same with a corrected feature": FeatureCache(5, "uniform", correct="auto", calibration_loader=seeds),
     }.items():
         found[part] = round(float(sqnr(drawn(plain, cache), exact)), 2)
         assert cache.runs == {"deep": 10, "skipped": 40}
     plain.remove(module)
     for schedule in ("uniform", "weighted"):
         both = CacheQuant(
-            "int8", "int8", interval=5, schedule=schedule, correct=correct,
-            calibration_samples=samples, calibration_loader=seeds,
-        )  # fmt: skip
+            "int8", "int8", interval=5, schedule=schedule, calibration_samples=samples, calibration_loader=seeds
+        )
         trainer(both).validate(module, loader(0, samples), verbose=False)
         found[f"CacheQuant, {schedule}"] = round(float(sqnr(drawn(both), exact)), 2)
         assert both.cache.runs == {"deep": 10, "skipped": 40}
         both.remove(module)
     told(capsys, f"{name}, W8A8, interval 5, SQNR of the final samples: {found}")
-    assert found["CacheQuant, uniform"] > found["uniform cache and plain quantization"]
+    plainly = found.pop("uniform cache and plain quantization")
+    assert min(found["CacheQuant, uniform"], found["CacheQuant, weighted"]) > plainly
 
 
 def test_samples_are_those_of_their_seeds_bit_for_bit_whatever_the_batch(capsys):

@@ -55,7 +55,6 @@ def test_differences_count_by_what_the_samples_lose(steps, interval):
     pairs, lost = watched(x, 2 * interval), torch.rand(steps, generator=torch.Generator().manual_seed(1)) ** 2
     weights, starts = torch.zeros(steps), range(0, steps, interval)
     for first in starts:
-        pairs.add_loss(first, float(lost[first]))
         cost = costs(x[first : first + interval], [0])
         weights[first : first + interval] = float(lost[first]) ** 0.5 / cost if cost else weights[first - 1]
 
@@ -71,7 +70,7 @@ def test_differences_count_by_what_the_samples_lose(steps, interval):
         for rest in combinations(range(1, steps), groups - 1)
         if all(shortest <= b - a <= longest for a, b in pairwise([0, *rest, steps]))
     ]
-    found = pairs.schedule(interval, weighted=True)
+    found = pairs.schedule(interval, lost)
     assert found in every and weighed(found) == pytest.approx(min(map(weighed, every)), rel=1e-5)
 
 
@@ -116,12 +115,9 @@ def test_batches_and_ranks_add_up():
         for step, feature in enumerate(half):
             parts.add(step, feature)
     ranks = [watched(half) for half in x.split(1, dim=1)]
-    for each in (whole, parts, *ranks):
-        each.add_loss(3, 2.0 if each in ranks else 4.0)
     ranks[0].merge(ranks[1].state())
     for other in (parts, ranks[0]):
         torch.testing.assert_close(other.distances, whole.distances)
-        assert torch.equal(other.lost, whole.lost)
         assert all(torch.allclose(other.sums[pair], whole.sums[pair]) for pair in whole.sums)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -12,29 +13,38 @@ from lightning_quant.graph import CachePoint
 from lightning_quant.layers import KeptFeatures, cache_modules, stop_caching
 
 
-def stale_windows(
-    module: Sampler, point: CachePoint, interval: int, seeds: Tensor, conditions: dict[str, Any]
+def stale_groups(
+    module: Sampler,
+    point: CachePoint,
+    refresh: Sequence[int],
+    seeds: Tensor,
+    conditions: dict[str, Any],
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Iterator[tuple[int, float]]:
-    """Sample again and again with a cache, each time in another window of steps; everywhere else all modules run.
+    """Sample again and again with a cache, each time in another group of steps; everywhere else all modules run.
 
     Args:
         module: a sampler, which is not cached.
         point: where its denoiser is cut.
-        interval: how many steps a window has; they lie side by side.
+        refresh: the first step of each group.
         seeds: of the samples.
         conditions: theirs.
+        scale: the factors that correct the kept feature (steps, channels), ``None`` for 1.
+        shift: the addends.
 
     Yields:
-        the first step of each window, and the sum of squares that the final samples are away from those of the whole
+        the first step of each group, and the sum of squares that the final samples are away from those of the whole
         model by.
     """
     timesteps = module.timesteps
     steps = len({*timesteps})
     exact = _last(module, seeds, conditions)
-    for first in range(0, steps, interval):
-        whole = [*range(first + 1), *range(first + interval, steps)]
-        features = KeptFeatures(timesteps, whole)
-        cache_modules(module.denoiser, point.deep, point.point, point.residual, features)
+    for first, end in pairwise([*refresh, steps]):
+        whole = [*range(first + 1), *range(end, steps)]
+        cache_modules(
+            module.denoiser, point.deep, point.point, point.residual, KeptFeatures(timesteps, whole, scale, shift)
+        )
         try:
             found = _last(module, seeds, conditions)
         finally:
