@@ -22,7 +22,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_quant import DiffusionModule, FeatureCache, KernelSwap, PostTrainingQuantization
+from lightning_quant import CacheQuant, DiffusionModule, FeatureCache, KernelSwap, PostTrainingQuantization
 from lightning_quant.kernels.cpu import integer_instructions
 
 TEXT = 77, 256  # tokens of a prompt and their channels
@@ -52,6 +52,15 @@ def main() -> None:
     plain, quantized = sampler(arguments), sampler(arguments)
     ptq = PostTrainingQuantization("int8", "int8", attention=False, calibration_samples=4, calibration_loader=prompts)
     trainer(ptq).validate(quantized, prompts, verbose=False)
+    stepwise = sampler(arguments)
+    cachequant = CacheQuant(
+        interval=arguments.interval,
+        correct=False,  # finding it takes longer, and applying it no time
+        attention=False,
+        calibration_samples=2,
+        calibration_loader=prompts,
+    )
+    trainer(cachequant).validate(stepwise, prompts, verbose=False)
 
     def cache() -> FeatureCache:
         return FeatureCache(arguments.interval, schedule="uniform", correct=False)
@@ -62,6 +71,7 @@ def main() -> None:
         f"float32, deep {every}": lambda: (plain, [cache()]),
         "int8 kernels": lambda: (quantized, [ptq, KernelSwap("torch")]),
         f"int8 kernels, deep {every}": lambda: (quantized, [ptq, KernelSwap("torch"), cache()]),
+        f"CacheQuant on int8 kernels, {every}": lambda: (stepwise, [cachequant, KernelSwap("torch")]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for name, make in contenders.items():  # not timed: what is only done once

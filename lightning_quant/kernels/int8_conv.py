@@ -33,10 +33,10 @@ class Int8Conv(PatientKernel):
     _layout: tuple[torch.Size, tuple[tuple[int, ...], tuple[int, ...]]] | None = None
     bias: Tensor | None
 
-    def __init__(self, layer: QuantizedLayer) -> None:
+    def __init__(self, layer: QuantizedLayer, inputs: UniformQuantizer | None = None) -> None:
         super().__init__()
-        weights, inputs = layer.weight_quantizer, layer.input_quantizer
-        assert isinstance(weights, UniformQuantizer) and isinstance(inputs, UniformQuantizer)
+        weights, inputs = layer.weight_quantizer, inputs or cast(UniformQuantizer, layer.input_quantizer)
+        assert isinstance(weights, UniformQuantizer)
         assert isinstance(layer, torch.nn.Conv2d) and not isinstance(layer.padding, str)
         self.lowest_weight = weights.scheme.qmin
         codes = (weights.encode(layer.weight_rows().detach()) + self.lowest_weight).to(torch.int8)
@@ -82,6 +82,13 @@ class Int8Conv(PatientKernel):
     def of(cls, layer: QuantizedLayer, packed: bool = False) -> Int8Conv:
         """Pack the layer's codes."""
         return cls(layer)
+
+    def with_inputs(self, layer: QuantizedLayer, inputs: UniformQuantizer) -> Int8Conv:
+        """The same packed weights beside inputs on another grid."""
+        found, weights = self.sharing(), cast(UniformQuantizer, layer.weight_quantizer)
+        found.grid = Grid.of(inputs)
+        found.scale = (weights.scale * inputs.scale).expand(len(self.scale)).contiguous()
+        return found
 
     def run(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the layer: (B, C, H, W) or (C, H, W)."""

@@ -35,10 +35,10 @@ class Int8Linear(PatientKernel):
     bias: Tensor | None
     totals: Tensor
 
-    def __init__(self, layer: QuantizedLayer) -> None:
+    def __init__(self, layer: QuantizedLayer, inputs: UniformQuantizer | None = None) -> None:
         super().__init__()
-        weights, inputs = layer.weight_quantizer, layer.input_quantizer
-        assert isinstance(weights, UniformQuantizer) and isinstance(inputs, UniformQuantizer)
+        weights, inputs = layer.weight_quantizer, inputs or cast(UniformQuantizer, layer.input_quantizer)
+        assert isinstance(weights, UniformQuantizer)
         scheme = inputs.scheme
         codes, offset = signed_codes(weights, layer.weight_rows())
         self.lowest_code = -(2 ** (weights.scheme.bits - 1))
@@ -84,6 +84,13 @@ class Int8Linear(PatientKernel):
     def of(cls, layer: QuantizedLayer, packed: bool = False) -> Int8Linear:
         """Pack the layer's codes."""
         return cls(layer)
+
+    def with_inputs(self, layer: QuantizedLayer, inputs: UniformQuantizer) -> Int8Linear:
+        """The same packed weights beside inputs on another grid, which is known before."""
+        found, weights = self.sharing(), cast(UniformQuantizer, layer.weight_quantizer)
+        found.grid = Grid.of(inputs)
+        found.product = self.product.with_inputs(weights.scale * inputs.scale, found.grid.zero_point)
+        return found
 
     def run(self, layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the layer."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.kernels.kernel import sharing
+
 WINDOW = 128  # twice 128 times 127 and twice 128 times -128 are just within 16 bits
 _LONGEST_SUM = 2**15 - 1
 
@@ -96,6 +98,16 @@ class Int8Product(nn.Module):
         shift = None if offset is None or not bool(offset.any()) else (offset * scale).float()
         self.register_buffer("shift", shift, persistent=False)
         self._pack(weight.to(torch.int8), torch.empty(0, dtype=torch.int64))
+
+    def with_inputs(self, scale: Tensor, zero_point: int) -> Int8Product:
+        """The same packed weights beside activations of another scale and zero point, where no sum may saturate."""
+        assert not self.windowed
+        found = sharing(self)
+        found.zero_point = zero_point
+        found.scale = scale.float().expand(len(self.scale)).contiguous()
+        if self.shift is not None:
+            found.shift = self.shift / self.scale * found.scale
+        return found
 
     @property
     def takes_what_follows(self) -> bool:

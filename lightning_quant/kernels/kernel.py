@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from lightning_quant.kernels.spec import AnySpec
 from lightning_quant.layers import QuantizedLayer
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Kernel(nn.Module, ABC):
@@ -65,3 +67,11 @@ class Kernel(nn.Module, ABC):
     def in_steps(self, layer: QuantizedLayer, weight: Tensor) -> Tensor:
         """The same weight as integers, for a layer that simulates."""
         return QuantizedLayer.weight_integers(layer, weight)
+
+
+def sharing(module: M) -> M:
+    """Another module with the very same tensors, in which others can be put in the place of each."""
+    found = object.__new__(type(module))
+    own = {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
+    found.__dict__.update({**module.__dict__, **own})
+    return found

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_quant.kernels.codes import Grid
 from lightning_quant.kernels.epilogue import Epilogue
-from lightning_quant.kernels.kernel import Kernel
+from lightning_quant.kernels.kernel import Kernel, sharing
 
 _CPU = torch.device("cpu")
 _TOLERANCE = 1e-4  # of floats, as a share of the largest
@@ -55,6 +55,12 @@ class PatientKernel(Kernel):
     @abstractmethod
     def layout_of(self, codes: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shape and strides of that."""
+
+    def sharing(self) -> Self:
+        """Another kernel with the same tensors, which has not seen anything yet."""
+        found = sharing(self)
+        found.trusted, found.absorbed, found.hands_on, found._folded = {}, (), False, None
+        return found
 
     @property
     @abstractmethod

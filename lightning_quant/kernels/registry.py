@@ -16,13 +16,14 @@ from lightning_quant.kernels.int8_conv import Int8Conv
 from lightning_quant.kernels.int8_linear import Int8Linear
 from lightning_quant.kernels.kernel import Kernel
 from lightning_quant.kernels.spec import AnySpec
+from lightning_quant.kernels.stepwise import StepwiseConv, StepwiseLinear
 from lightning_quant.kernels.torchao.int4 import TorchaoInt4Weights
 from lightning_quant.kernels.torchao.int8 import TorchaoInt8Linear, TorchaoInt8Weights
 from lightning_quant.kernels.weight_only import Int4Weights, Int8Weights
 
 # The first one that takes a layer answers for it.
 KERNELS: tuple[type[Kernel], ...] = (
-    *(Int8Conv, Int8Linear, Int4Weights, Int8Weights, Int8Attention),  # CPU
+    *(Int8Conv, Int8Linear, StepwiseConv, StepwiseLinear, Int4Weights, Int8Weights, Int8Attention),  # CPU
     *(TritonInt8Linear, TritonInt4Weights, Fp8Linear),  # CUDA
     *(TorchaoInt8Linear, TorchaoInt8Weights, TorchaoInt4Weights),  # where asked for
 )

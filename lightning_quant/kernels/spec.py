@@ -98,6 +98,7 @@ class AttentionSpec:
         device: type of its device.
         operands: formats by name; ``None`` for float.
         plain: names of the operands on plain grids.
+        stepwise: whether a scale depends on the step of a denoising trajectory.
     """
 
     FUSED: ClassVar[str] = "attention"
@@ -107,6 +108,7 @@ class AttentionSpec:
     device: str
     operands: dict[str, Scheme | None]
     plain: frozenset[str]
+    stepwise: bool = False
 
     @classmethod
     def of(cls, attention: QuantAttention, spelled: bool = False) -> AttentionSpec:
@@ -119,8 +121,11 @@ class AttentionSpec:
             device,
             {name: None if quantizer is None else quantizer.scheme for name, quantizer in quantizers.items()},
             frozenset(
-                name for name, found in known.items() if isinstance(found, UniformQuantizer) and _is_plain(found)
+                name
+                for name, found in known.items()
+                if isinstance(found, UniformQuantizer) and not isinstance(found, StepQuantizer) and _is_plain(found)
             ),
+            any(isinstance(found, StepQuantizer) for found in known.values()),
         )
 
     @property
@@ -138,7 +143,10 @@ class AttentionSpec:
             return f"its {operand} is float"
         if not _has_bytes(scheme) or scheme.granularity != "tensor" or scheme.dynamic:
             return f"its {operand} is {scheme}, not of at most 8 bits with one scale that is known before"
-        return None if operand in self.plain else f"the grid of its {operand} is not a plain one"
+        if operand in self.plain:
+            return None
+        what = "depends on the step of the trajectory" if self.stepwise else "is not a plain one"
+        return f"the grid of its {operand} {what}"
 
 
 AnySpec = LayerSpec | AttentionSpec
@@ -149,7 +157,7 @@ def _has_bytes(scheme: Scheme) -> bool:
 
 
 def _is_plain(quantizer: Quantizer) -> bool:
-    if type(quantizer) not in (UniformQuantizer, LearnedQuantizer):
+    if type(quantizer) not in (UniformQuantizer, LearnedQuantizer, StepQuantizer):
         return not isinstance(quantizer, UniformQuantizer)  # other formats are named by their scheme
     assert isinstance(quantizer, UniformQuantizer)
     return torch.equal(quantizer.zero_point, quantizer.zero_point.round())

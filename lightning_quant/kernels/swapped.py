@@ -105,8 +105,9 @@ class SwappedKernels:
             attend_on(place, chosen.of(place), self.keep)
         else:
             kernel = chosen.of(place, packed=self.keep)
-            if isinstance(kernel, PatientKernel):
-                kernel.patient = self.fuse
+            for part in kernel.modules():
+                if isinstance(part, PatientKernel):
+                    part.patient = self.fuse
             run_on(place, Fastest(kernel, FALLBACK.of(place)) if self.measure and kernel.low_bit else kernel, self.keep)
         if not self.keep:
             self._swapped[name] = cast(KernelLayer | KernelAttention, place)

@@ -40,7 +40,8 @@ class StepCorrection(nn.Module):
         assert isinstance(layer, QuantizedLayer)
         if any(quantizer.observer is not None for quantizer in layer.weight_quantizers().values()):
             return None
-        part = corrected_part(layer, args[0], self.channels)
+        weight = layer.quantized()  # also where a kernel holds it
+        part = corrected_part(layer, args[0], self.channels, weight=weight.t() if layer.transposed else weight)
         rows = torch.tensor(self.steps.rows, device=output.device)
         rows = rows.repeat_interleave(len(output) // len(rows)) if len(rows) > 1 else rows
         shape = [len(rows)] + [1] * (output.dim() - 1)
@@ -49,7 +50,9 @@ class StepCorrection(nn.Module):
         return output + (scale - 1) * part + shift
 
 
-def corrected_part(layer: QuantizedLayer, x: Tensor, channels: int, exact: bool = False) -> Tensor:
+def corrected_part(
+    layer: QuantizedLayer, x: Tensor, channels: int, exact: bool = False, weight: Tensor | None = None
+) -> Tensor:
     """What a layer makes of the first channels of its input, without its bias.
 
     Args:
@@ -57,13 +60,14 @@ def corrected_part(layer: QuantizedLayer, x: Tensor, channels: int, exact: bool 
         x: its input.
         channels: how many of its channels.
         exact: in floats, or quantized, whatever the layer does at present.
+        weight: its quantized weight, output channels first, if that is known.
     """
-    weight, axis = layer.weight_rows(), layer.input_axis
-    if not exact:
-        inputs = layer.input_quantizer
-        x = x if inputs is None else inputs.rounded(x)
-        weights = layer.weight_quantizer
-        weight = weight if weights is None else weights.rounded(weight)
+    axis, inputs, weights = layer.input_axis, layer.input_quantizer, layer.weight_quantizer
+    if not exact and inputs is not None:
+        x = inputs.rounded(x)
+    if weight is None:
+        weight = layer.weight_rows()
+        weight = weight if exact or weights is None else weights.rounded(weight)
     x, weight = x.narrow(axis, 0, channels), weight.narrow(1, 0, channels)
     if isinstance(layer, QuantConv2d):
         return cast(Tensor, layer._conv_forward(x, weight, None))

@@ -142,6 +142,13 @@ class StepQuantizer(UniformQuantizer):
             row: Tensor = getattr(self, name)
             self._store(name, row.expand(self.steps.groups, *row.shape).clone())
 
+    def at(self, row: int) -> UniformQuantizer:
+        """The quantizer of one row of the table."""
+        found = UniformQuantizer(self.scheme, self.axis).to(self.scale.device)
+        for name in self.state_names:
+            found._store(name, getattr(self, name)[row].clone())
+        return found
+
     def state_for(self, view: Tensor) -> tuple[Tensor, ...]:
         """The rows of the samples' steps, in the shape that broadcasts against ``view``."""
         per_channel = self.scheme.granularity == "channel"
