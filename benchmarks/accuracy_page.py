@@ -199,8 +199,10 @@ rows but those of LRQ-DiT, which has logarithmic ones, ranges per token, and att
 *nearest*) calibrates on 256 moments of 32 trajectories. Errors grow along a trajectory: below some 5 dB a sample is
 another digit, and what is left of a difference means little. Iterations and rates of learning were chosen on these
 seeds, most of them on *ddpm_mnist*, so fitted rows may flatter themselves there by a few decibels; there is one draw of
-calibration data. *DilateQuant* has ranges for each step, and *LRQ-DiT* for each token: *nearest, per step* is the plain
-row with as many.
+calibration data. *DilateQuant* has ranges for each step, and *LRQ-DiT* for each token: *nearest, per step* and
+*nearest, per token* are the plain rows with as many. Where weights have 8 bits there is little to fit, and ranges
+decide: most fitted rows have those of extremes, as *min-max*, and more samples to find them on. A second table below
+that of a net has methods without one of their parts.
 
 {diffusion}
 

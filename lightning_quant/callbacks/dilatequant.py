@@ -43,7 +43,8 @@ class DilateQuant(PostTrainingQuantization):
     How far a weight is dilated depends on how many output channels claim a bound: with as many outputs as inputs most
     channels are saturated and nothing is gained, which is no error; the log tells the numbers. At W4A8 (64 samples of
     50 steps) it has 15.8 dB on a small trained net of convolutions, and 21.9 on a U-Net, where plain rounding between
-    extremes has 8.8 and 11.9.
+    extremes has 8.8 and 11.9. On that U-Net the fitting does most of it (11.6 without), then the scales for each step
+    (20.4 without); dilation itself gains nothing there (22.4 without).
 
     The learning rate of the weights in steps of their grid, the first and last layer in 8 bits and the cap on :math:`s`
     are reconstructed; the authors train for 5,000 steps on 5,120 samples, the default here is a fraction of that.
