@@ -200,7 +200,7 @@ rows but those of LRQ-DiT, which has logarithmic ones, ranges per token, and att
 another digit, and what is left of a difference means little. Iterations and rates of learning were chosen on these
 seeds, most of them on *ddpm_mnist*, so fitted rows may flatter themselves there by a few decibels; there is one draw of
 calibration data. *DilateQuant* has ranges for each step, and *LRQ-DiT* for each token: *nearest, per step* and
-*nearest, per token* are the plain rows with as many. Where weights have 8 bits there is little to fit, and ranges
+*nearest, per token* are the plain rows with as many. Where weights have 8 bits there is less to fit, and ranges
 decide: most fitted rows have those of extremes, as *min-max*, and more samples to find them on. A second table below
 that of a net has methods without one of their parts.
 
