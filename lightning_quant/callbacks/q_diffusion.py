@@ -39,7 +39,9 @@ class QDiffusion(PostTrainingQuantization):
     and reconstructs with 20,000 iterations; the defaults here are sized for minutes.
 
     On a small trained U-Net (W4A8, 50 steps, SQNR of 64 final samples): 15.3 dB with 60 iterations for each block, and
-    11.9 with plain quantization.
+    11.9 with plain quantization. Scales for each half gain nothing there, with ``split=False`` it is 19.1 dB: they
+    lower the error of five of the six shortcuts, by up to 40 %, and raise that of the last one by 30 %, most of which
+    is a shift of its mean, where rounding happens to fall; and that one stands next to the output.
 
     Reference: Li et al., *Q-Diffusion: Quantizing Diffusion Models*, ICCV 2023.
 

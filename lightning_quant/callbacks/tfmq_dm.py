@@ -46,6 +46,7 @@ class TFMQDM(QDiffusion):
     first layer stays float. The papers' code leaves shortcuts, up- and downsampling, the first and the last layer float
     and has ranges for each step throughout; here that is up to ``skip`` and ``per_step=True``. On a small trained U-Net
     (W4A8, 50 steps, SQNR of 64 final samples): 17.9 dB with 60 iterations for each block, 11.9 with plain quantization.
+    With so few iterations 19.2 dB with ``tiar=False``, 18.1 with ``finite_set=False``.
 
     Reference: Huang et al., *TFMQ-DM: Temporal Feature Maintenance Quantization for Diffusion Models*, CVPR 2024.
 
