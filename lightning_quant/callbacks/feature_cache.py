@@ -6,28 +6,18 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_quant.calibration import (
-    from_other_ranks,
-    merge_across_ranks,
-    progress_bar,
-    reordered,
-    trajectory_seeds,
-    undisturbed,
-)
+from lightning_quant.calibration import trajectory_seeds, undisturbed
 from lightning_quant.callbacks.at_first_batch import AtFirstBatch
 from lightning_quant.graph import CachePoint, find_cache_point
-from lightning_quant.layers import KeptFeatures, as_float, cache_modules, deep_feature, stop_caching
+from lightning_quant.layers import KeptFeatures, as_float, cache_modules, stop_caching
 from lightning_quant.modules import DiffusionMixin
-from lightning_quant.solvers import FeaturePairs, stale_groups
+from lightning_quant.solvers import WatchedFeature
 
-CHUNK = 32  # trajectories that calibration samples at a time
-PROBES = 8  # trajectories that weights are found on
 SCHEDULES = ("uniform", "dps", "weighted")
 
 
@@ -191,27 +181,17 @@ class FeatureCache(AtFirstBatch):
         steps = len({*self.timesteps})
         with undisturbed(pl_module), as_float(pl_module):
             seeds = trajectory_seeds(trainer, module, self.calibration_loader, self.calibration_samples)
-            own = range(trainer.global_rank, len(seeds[0]), trainer.world_size)
-            pairs = self._watch(trainer, module, point, seeds, own)
-            probes = reordered(seeds, own[:PROBES]) if own else None
-
-            def lost(refresh: Sequence[int], *correction: Tensor | None) -> Tensor:
-                """What the samples of all ranks lose by each group of steps, by its first one."""
-                found = torch.zeros(steps, dtype=torch.float64)
-                with progress_bar(trainer, "Weighing stale features", len(refresh), "groups") as advance:
-                    for first, loss in stale_groups(module, point, refresh, *probes, *correction) if probes else ():
-                        found[first] = loss
-                        advance(1)
-                return torch.stack(merge_across_ranks(found)).sum(0)
-
+            feature = WatchedFeature(trainer, module, point, seeds)
+            pairs = feature.pairs(self._window(steps))
             if self.schedule == "weighted":
-                self.refresh = pairs.schedule(self.interval, lost(range(0, steps, self.interval)))
+                self.refresh = pairs.schedule(self.interval, feature.lost(range(0, steps, self.interval)))
             else:
                 self.refresh = pairs.schedule(self.interval) if self.schedule == "dps" else self._fixed(steps)
             if self.correct:
-                self._find_corrections(pairs)
+                self.scale, self.shift = pairs.corrections(self.refresh)
             if self.correct == "auto":
-                self._keep_corrections(lost(self.refresh, self.scale, self.shift) < lost(self.refresh))
+                pays = feature.lost(self.refresh, self.scale, self.shift) < feature.lost(self.refresh)
+                self.scale, self.shift = pairs.corrections(self.refresh, pays.tolist())
         rank_zero_info(f"FeatureCache refreshes at {len(self.refresh)} of {steps} steps: {self.refresh}")
 
     def begin(self, pl_module: LightningModule) -> None:
@@ -233,46 +213,6 @@ class FeatureCache(AtFirstBatch):
             self._open = None
 
     # ---------------------------------------------------------------- private
-
-    def _watch(
-        self, trainer: Trainer, module: DiffusionMixin, point: CachePoint, seeds: tuple[Tensor, Any], own: range
-    ) -> FeaturePairs:
-        """Sample with the whole model, and relate the deep features of nearby steps."""
-        steps = {timestep: k for k, timestep in enumerate(dict.fromkeys(self.timesteps))}
-        pairs = FeaturePairs(len(steps), self._window(len(steps)))
-        with (
-            progress_bar(trainer, "Watching the deep feature", len(own) * len(steps), "steps") as advance,
-            deep_feature(module.denoiser, point.deep, point.point, point.residual) as feature,
-        ):
-            for start in range(0, len(own), CHUNK):
-                chunk = own[start : start + CHUNK]
-                own_seeds, conditions = reordered(seeds, chunk)
-                seen = -1
-                for moment in module.trajectory(own_seeds, **conditions):
-                    step = steps[moment.timestep]
-                    if step != seen:  # a timestep that comes again is the same step
-                        pairs.add(step, feature[0])
-                    seen = step
-                    advance(len(chunk))
-        for other in from_other_ranks(pairs.state()):
-            pairs.merge(other)
-        return pairs
-
-    def _keep_corrections(self, pays: Tensor) -> None:
-        """Leave the feature as it is in the groups of steps where the samples do not gain by its correction."""
-        assert self.scale is not None and self.shift is not None
-        for first, end in pairwise([*self.refresh, len(pays)]):
-            if not pays[first]:
-                self.scale[first:end], self.shift[first:end] = 1.0, 0.0
-
-    def _find_corrections(self, pairs: FeaturePairs) -> None:
-        last, tables = 0, []
-        for step in range(pairs.steps):
-            last = step if step in self.refresh else last
-            tables.append(pairs.correction(last, step))
-        scale, shift = (torch.stack(table).float().cpu() for table in zip(*tables, strict=True))
-        scale[self.refresh], shift[self.refresh] = 1.0, 0.0
-        self.scale, self.shift = scale, shift
 
     def _fixed(self, steps: int) -> list[int]:
         """The refresh steps that need no calibration."""

@@ -33,9 +33,9 @@ from lightning_quant.solvers.rounding import (
     WeightRounding,
 )
 from lightning_quant.solvers.sensitivity import PRODUCERS, sensitivities
-from lightning_quant.solvers.stale_groups import stale_groups
 from lightning_quant.solvers.supervision import Balance, moment_distance, output_distance
 from lightning_quant.solvers.twins import align_twin, product_error
+from lightning_quant.solvers.watched_feature import WatchedFeature, stale_groups
 
 __all__ = [
     "PRESETS",
@@ -66,6 +66,7 @@ __all__ = [
     "Solved",
     "Statistics",
     "TrainedWeight",
+    "WatchedFeature",
     "WeightRounding",
     "absorb_outliers",
     "absorb_statistics",

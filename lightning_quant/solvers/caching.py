@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -126,6 +126,22 @@ class FeaturePairs:
     def correction(self, before: int, step: int) -> tuple[Tensor, Tensor]:
         """The factor and the addend of each channel that bring a kept feature nearest to that of a step."""
         return line_of(self.sums[before, step])
+
+    def corrections(self, refresh: Sequence[int], pays: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
+        """Tables of these for all steps (steps, channels); a step that refreshes needs none.
+
+        Args:
+            refresh: the steps that do.
+            pays: for each of them, by its number, whether the steps that use its feature are corrected; default: all.
+        """
+        last, lines = 0, []
+        for step in range(self.steps):
+            last = step if step in refresh else last
+            scale, shift = self.correction(last, step)
+            corrected = step != last and (pays is None or pays[last])
+            lines.append((scale, shift) if corrected else (torch.ones_like(scale), torch.zeros_like(shift)))
+        scales, shifts = (torch.stack(table).float().cpu() for table in zip(*lines, strict=True))
+        return scales, shifts
 
 
 def line_sums(x: Tensor, y: Tensor) -> Tensor:
