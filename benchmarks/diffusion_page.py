@@ -27,7 +27,13 @@ def diffusion_section(measured: dict[str, Any], table: Table) -> str:
             for m in methods
             if any("frechet" in (_entry(measured, net, m, bits) or {}) for bits in BITS)
         ]
-        parts.append(f"### {net}\n\nThe float model's noise MSE is {_figure(exact, 'noise_mse', '.4f')}.")
+        own = _figure(exact, "frechet", ".2f")
+        apart = (
+            ""
+            if own == MISSING
+            else f" Two sets of its own samples, from other seeds, have a Frechet distance of {own}."
+        )
+        parts.append(f"### {net}\n\nThe float model's noise MSE is {_figure(exact, 'noise_mse', '.4f')}.{apart}")
         parts += [table(["method", *BITS], lines)] if lines else []
         parts += [table(["Frechet distance to float samples", *BITS], far)] if far else []
         parts += [_without(measured, net, without, table)] if without else []
