@@ -27,13 +27,11 @@ def diffusion_section(measured: dict[str, Any], table: Table) -> str:
             for m in methods
             if any("frechet" in (_entry(measured, net, m, bits) or {}) for bits in BITS)
         ]
-        own = _figure(exact, "frechet", ".2f")
-        apart = (
-            ""
-            if own == MISSING
-            else f" Two sets of its own samples, from other seeds, have a Frechet distance of {own}."
-        )
-        parts.append(f"### {net}\n\nThe float model's noise MSE is {_figure(exact, 'noise_mse', '.4f')}.{apart}")
+        said = f"The float model's noise MSE is {_figure(exact, 'noise_mse', '.4f')}."
+        if far:
+            own = _figure(exact, "frechet", ".2f")
+            said += f" Two sets of its own samples, from other seeds, have a Frechet distance of {own}."
+        parts.append(f"### {net}\n\n{said}")
         parts += [table(["method", *BITS], lines)] if lines else []
         parts += [table(["Frechet distance to float samples", *BITS], far)] if far else []
         parts += [_without(measured, net, without, table)] if without else []

@@ -80,7 +80,7 @@ WITHOUT: dict[str, dict[str, dict[str, Any]]] = {
         "one range for all steps": {"per_step": False},
         "not fitted": {"reconstruct": None},
     },
-    "LRQ-DiT": {"not rotated": {"rotation": None, "smooth": None}, "uniform levels": {}},
+    "LRQ-DiT": {"not rotated": {"rotation": None, "smooth": None}, "uniform levels": {"weights": Sampler.weights}},
 }
 
 
@@ -90,14 +90,10 @@ def without() -> dict[str, Sampler]:
     for name, parts in WITHOUT.items():
         whole = SAMPLERS[name]
         for part, changed in parts.items():
-            weights = Sampler.weights if part == "uniform levels" else whole.weights
+            arguments = {**whole.arguments, **changed}
+            weights = arguments.pop("weights", whole.weights)
             found[f"{name}, {part}"] = replace(
-                whole,
-                arguments={**whole.arguments, **changed},
-                nets=whole.nets[:1],
-                weights=weights,
-                bits=("W4A8",),
-                part_of=name,
+                whole, arguments=arguments, nets=whole.nets[:1], weights=weights, bits=("W4A8",), part_of=name
             )
     return found
 

@@ -33,10 +33,10 @@ class Int8Conv(PatientKernel):
     _layout: tuple[torch.Size, tuple[tuple[int, ...], tuple[int, ...]]] | None = None
     bias: Tensor | None
 
-    def __init__(self, layer: QuantizedLayer, inputs: UniformQuantizer | None = None) -> None:
+    def __init__(self, layer: QuantizedLayer, row: UniformQuantizer | None = None) -> None:
         super().__init__()
-        weights, inputs = layer.weight_quantizer, inputs or cast(UniformQuantizer, layer.input_quantizer)
-        assert isinstance(weights, UniformQuantizer)
+        weights, inputs = layer.weight_quantizer, layer.input_quantizer if row is None else row
+        assert isinstance(weights, UniformQuantizer) and isinstance(inputs, UniformQuantizer)
         assert isinstance(layer, torch.nn.Conv2d) and not isinstance(layer.padding, str)
         self.lowest_weight = weights.scheme.qmin
         codes = (weights.encode(layer.weight_rows().detach()) + self.lowest_weight).to(torch.int8)

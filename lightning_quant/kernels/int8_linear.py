@@ -35,10 +35,10 @@ class Int8Linear(PatientKernel):
     bias: Tensor | None
     totals: Tensor
 
-    def __init__(self, layer: QuantizedLayer, inputs: UniformQuantizer | None = None) -> None:
+    def __init__(self, layer: QuantizedLayer, row: UniformQuantizer | None = None) -> None:
         super().__init__()
-        weights, inputs = layer.weight_quantizer, inputs or cast(UniformQuantizer, layer.input_quantizer)
-        assert isinstance(weights, UniformQuantizer)
+        weights, inputs = layer.weight_quantizer, layer.input_quantizer if row is None else row
+        assert isinstance(weights, UniformQuantizer) and isinstance(inputs, UniformQuantizer)
         scheme = inputs.scheme
         codes, offset = signed_codes(weights, layer.weight_rows())
         self.lowest_code = -(2 ** (weights.scheme.bits - 1))

@@ -42,8 +42,12 @@ class StepwiseKernel(Kernel):
         if reason := cls.kernel.why_not(replace(spec, stepwise=False)):
             return reason
         assert spec.weights is not None and spec.inputs is not None
-        if may_saturate(spec.inputs.bits, spec.weights.bits):
-            return "its inputs have a scale for each step, and sums of 8 x 8 bits saturate on this CPU without VNNI"
+        bits = spec.inputs.bits, spec.weights.bits
+        if may_saturate(*bits):
+            return (
+                f"its inputs have a scale for each step, and sums of {bits[0]} x {bits[1]} bits saturate on this CPU, "
+                f"which has no VNNI; 7 bits for either would not"
+            )
         return None
 
     @classmethod
